@@ -1,0 +1,243 @@
+"""Store table rows in blocks that never move: weight, optimizer state and metadata of an id side by side.
+
+    row     = [dim weights | state vectors, float32 | id i64 | last_seen i32 | count i32 (| last_seen_s i32) | pad]
+    address = pointers[row >> shift] + (row & (2**shift - 1)) * row_bytes
+
+States start at a multiple of 4 bytes, the id at one of 8, a row at one of 32 (a sector), a block at one of 64 (a cache
+line). Growth adds a block, so an address stays valid for the life of the store, and one update reads and writes one
+contiguous piece of memory. Blocks are mapped lazily: spare rows cost no memory until they are written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recis_kernels.address import uint8_at
+from recis_kernels.dispatch import njit
+from recis_kernels.host_memory import zeroed_bytes
+from recis_kernels.threads import run_parts, split
+
+ROW_ALIGNMENT = 32
+BLOCK_BYTES = 32 << 20  # aim of the default block size; a block holds a power-of-two count of rows
+_ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+def _round_up(num_bytes: int, multiple: int) -> int:
+    return -(-num_bytes // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Where the parts of one row lie, in bytes from its start.
+
+    Args:
+        dim: number of weights, at least 1.
+        dtype: of the weights, torch.float32 or torch.bfloat16; optimizer state is always float32.
+        state: (name, width) of each optimizer state vector, in order, such as (("m", 64), ("v", 64)).
+        clock: keep `last_seen_s`, a clock reading in seconds, beside `last_seen` (time-based eviction needs it).
+    """
+
+    dim: int
+    dtype: torch.dtype = torch.float32
+    state: tuple[tuple[str, int], ...] = ()
+    clock: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"dim must be at least 1; got {self.dim}")
+        if self.dtype not in _ITEM_BYTES:
+            raise ValueError(f"rows are torch.float32 or torch.bfloat16; got {self.dtype}; convert the weights first")
+        names = [name for name, _ in self.state]
+        if len(set(names)) != len(names):
+            raise ValueError(f"state names must differ; got {names}")
+        for name, width in self.state:
+            if width < 1:
+                raise ValueError(f"state {name!r} must be at least 1 wide; got {width}")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, without padding."""
+        return self.dim * _ITEM_BYTES[self.dtype]
+
+    @property
+    def state_start(self) -> int:
+        """Offset of the first state vector; the vectors follow one another without gaps."""
+        return _round_up(self.weight_bytes, 4)
+
+    @property
+    def state_width(self) -> int:
+        """Floats of all state vectors together."""
+        return sum(width for _, width in self.state)
+
+    def state_offset(self, name: str) -> int:
+        """Return the byte offset of one state vector; ValueError names the vectors there are."""
+        offset = self.state_start
+        for have, width in self.state:
+            if have == name:
+                return offset
+            offset += 4 * width
+        raise ValueError(f"no state {name!r} in this layout; it has {[have for have, _ in self.state]}")
+
+    @property
+    def id_offset(self) -> int:
+        return _round_up(self.state_start + 4 * self.state_width, 8)
+
+    @property
+    def last_seen_offset(self) -> int:
+        return self.id_offset + 8
+
+    @property
+    def count_offset(self) -> int:
+        return self.id_offset + 12
+
+    @property
+    def clock_offset(self) -> int:
+        """Offset of last_seen_s; -1 in a layout without a clock."""
+        return self.id_offset + 16 if self.clock else -1
+
+    @property
+    def row_bytes(self) -> int:
+        """Distance between two rows of a block."""
+        return _round_up(self.id_offset + (20 if self.clock else 16), ROW_ALIGNMENT)
+
+    def fields(self) -> dict[str, tuple[int, int, torch.dtype]]:
+        """Return {name: (byte offset, width, dtype)} of each part, in row order; width 0 = a scalar."""
+        found = {"weight": (0, self.dim, self.dtype)}
+        for name, width in self.state:
+            found[f"state.{name}"] = (self.state_offset(name), width, torch.float32)
+        found["id"] = (self.id_offset, 0, torch.int64)
+        found["last_seen"] = (self.last_seen_offset, 0, torch.int32)
+        found["count"] = (self.count_offset, 0, torch.int32)
+        if self.clock:
+            found["last_seen_s"] = (self.clock_offset, 0, torch.int32)
+        return found
+
+
+class RowBlocks:
+    """Rows 0 .. capacity - 1 of one layout; the caller decides which are in use.
+
+    Attributes:
+        layout, device: as given.
+        shift: a block holds 2**shift rows.
+        blocks: uint8 tensors [2**shift, row_bytes].
+        pointers: int64 [num_blocks], CPU; the address of each block, what kernels take.
+    """
+
+    def __init__(self, layout: RowLayout, *, device: torch.device | str = "cpu", shift: int | None = None) -> None:
+        if shift is None:
+            shift = max(0, (BLOCK_BYTES // layout.row_bytes).bit_length() - 1)
+        if not 0 <= shift <= 31:
+            raise ValueError(f"shift must be 0..31 (a block holds 2**shift rows); got {shift}")
+        self.layout = layout
+        self.device = torch.device(device)
+        self.shift = shift
+        self.blocks: list[Tensor] = []
+        self.pointers = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def capacity(self) -> int:
+        return len(self.blocks) << self.shift
+
+    def grow(self, num_rows: int) -> None:
+        """Add blocks until capacity >= num_rows; existing rows keep address and content, new rows are zero."""
+        row_bytes = self.layout.row_bytes
+        while self.capacity < num_rows:
+            block = zeroed_bytes(row_bytes << self.shift, self.device)
+            self.blocks.append(block.view(1 << self.shift, row_bytes))
+        if len(self.blocks) != self.pointers.numel():
+            self.pointers = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64)
+
+    def read(self, rows: Tensor, fields: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """Return copies of the named fields (None = all) of rows [N]: weight [N, D], state.* [N, w], the others [N].
+
+        Raises:
+            ValueError: a row outside [0, capacity), or a field this layout does not have.
+        """
+        rows = self._checked(rows)
+        known = self.layout.fields()
+        out = {}
+        for name in known if fields is None else fields:
+            offset, width, dtype = self._field(name, known)
+            values = torch.empty((rows.numel(), width) if width else (rows.numel(),), dtype=dtype, device=self.device)
+            self._copy(rows, values, offset, to_rows=False)
+            out[name] = values
+        return out
+
+    def write(self, rows: Tensor, fields: Mapping[str, Tensor]) -> None:
+        """Set the given fields of rows [N] (distinct); shapes and dtypes as `read` returns them.
+
+        Raises:
+            ValueError: a row outside [0, capacity), an unknown field, or a value of another shape or dtype.
+        """
+        rows = self._checked(rows)
+        known = self.layout.fields()
+        for name, values in fields.items():
+            _, width, dtype = self._field(name, known)
+            shape = (rows.numel(), width) if width else (rows.numel(),)
+            if tuple(values.shape) != shape or values.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {shape} {dtype}; got {tuple(values.shape)} {values.dtype}; convert it"
+                )
+        for name, values in fields.items():
+            self._copy(rows, values.detach().to(self.device).contiguous(), known[name][0], to_rows=True)
+
+    def _field(self, name: str, known: Mapping[str, tuple[int, int, torch.dtype]]) -> tuple[int, int, torch.dtype]:
+        if name not in known:
+            raise ValueError(f"rows have no field {name!r}; they have {list(known)}")
+        return known[name]
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        if rows.ndim != 1 or rows.dtype != torch.int64:
+            raise ValueError(f"rows must be [N] int64; got {tuple(rows.shape)} {rows.dtype}")
+        if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < self.capacity):
+            raise ValueError(
+                f"rows must lie in [0, {self.capacity}); got {int(rows.min())}..{int(rows.max())}: grow the store first"
+            )
+        return rows.contiguous()
+
+    def _copy(self, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
+        if rows.numel() == 0:
+            return
+        num_bytes = values[0].numel() * values.element_size()
+        if self.device.type != "cpu":
+            self._copy_blockwise(rows, values, offset, num_bytes, to_rows=to_rows)
+            return
+        flat = values.view(-1).view(torch.uint8)  # numpy has no bfloat16
+        pointers, where, data = self.pointers.numpy(), rows.numpy(), flat.numpy()
+
+        def loop(start: int, stop: int) -> None:
+            args = (pointers, self.shift, self.layout.row_bytes, offset, num_bytes, where, data, start, stop)
+            (_scatter_bytes if to_rows else _gather_bytes)(*args)
+
+        run_parts(loop, split(rows.numel()))
+
+    def _copy_blockwise(self, rows: Tensor, values: Tensor, offset: int, num_bytes: int, *, to_rows: bool) -> None:
+        data = values.view(rows.numel(), -1).view(torch.uint8)
+        block_of_row, within = rows >> self.shift, rows & ((1 << self.shift) - 1)
+        for number, block in enumerate(self.blocks):
+            picked = (block_of_row == number).nonzero().squeeze(1)
+            part = block[:, offset : offset + num_bytes]
+            if to_rows:
+                part[within[picked]] = data[picked]
+            else:
+                data[picked] = part[within[picked]]
+
+
+@njit
+def _gather_bytes(pointers, shift, row_bytes, offset, num_bytes, rows, out, start, stop):
+    mask = (1 << shift) - 1
+    for n in range(start, stop):
+        row = rows[n]
+        source = uint8_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_bytes)
+        out[n * num_bytes : (n + 1) * num_bytes] = source
+
+
+@njit
+def _scatter_bytes(pointers, shift, row_bytes, offset, num_bytes, rows, values, start, stop):
+    mask = (1 << shift) - 1
+    for n in range(start, stop):
+        row = rows[n]
+        target = uint8_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_bytes)
+        target[:] = values[n * num_bytes : (n + 1) * num_bytes]

@@ -1,0 +1,77 @@
+"""Round fp32 rows to bfloat16 at random, so that the expected value is the fp32 value.
+
+    bits = fp32 bits + (word & 0xffff), low 16 cleared;  word = Philox(id, column, table, step), stream 2**31 + step
+
+A small update to a large bf16 weight is lost by rounding to nearest; added noise keeps it on average. The noise depends on
+(seed, table, id, column, step) only, so every device and order gives the same bits. Inf and NaN pass unchanged.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_kernels.address import load_int32, load_uint16, store_int32, store_uint16
+from recis_kernels.dispatch import njit
+from recis_kernels.philox import id_words, rounding_stream, words
+
+_EXPONENT = 0x7F800000
+
+
+def round_stochastic(values: Tensor, ids: Tensor, keys: Tensor, step: int) -> Tensor:
+    """Return bfloat16 [N, D] from float32 values [N, D] of rows `ids` [N] int64.
+
+    Args:
+        keys: key64 of each row's table, int64 [N] (or [1] for all).
+        step: of the update.
+
+    Raises:
+        ValueError: values is not [N, D] float32.
+    """
+    if values.ndim != 2 or values.dtype != torch.float32:
+        raise ValueError(f"values must be [N, D] float32; got {tuple(values.shape)} {values.dtype}")
+    noise = words(ids, values.shape[1], keys, rounding_stream(step)) & 0xFFFF
+    return add_noise(values, noise)
+
+
+def add_noise(values: Tensor, noise: Tensor) -> Tensor:
+    """Return bfloat16 of float32 values with noise (int64, 0 .. 65535, same shape) added below the kept bits."""
+    bits = values.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    finite = (bits & _EXPONENT) != _EXPONENT
+    quiet = torch.where((bits & 0x7FFFFF) != 0, 0x400000, 0)  # keeps a NaN whose mark lies in the low 16 bits
+    rounded = torch.where(finite, bits + noise, bits | quiet) >> 16
+    return rounded.to(torch.int32).to(torch.uint16).view(torch.bfloat16)
+
+
+# ---- for numba loops, by address
+
+
+@njit
+def widen_row(stored, wide, dim):
+    """Put `dim` bf16 words at `stored` into floats at `wide`."""
+    for i in range(dim):
+        store_int32(wide + 4 * i, np.int32(np.int64(load_uint16(stored + 2 * i)) << 16))
+
+
+@njit
+def round_row(wide, stored, dim, key64, row_id, stream):
+    """Round `dim` floats at `wide` into bf16 words at `stored`, as round_stochastic does."""
+    for quad in range((dim + 3) // 4):
+        word0, word1, word2, word3 = id_words(key64, row_id, quad, stream)
+        column = 4 * quad
+        _round_one(wide, stored, column, word0)
+        if column + 1 < dim:
+            _round_one(wide, stored, column + 1, word1)
+        if column + 2 < dim:
+            _round_one(wide, stored, column + 2, word2)
+        if column + 3 < dim:
+            _round_one(wide, stored, column + 3, word3)
+
+
+@njit
+def _round_one(wide, stored, column, word):
+    bits = np.int64(load_int32(wide + 4 * column)) & 0xFFFFFFFF
+    if (bits & _EXPONENT) != _EXPONENT:
+        bits += np.int64(word) & 0xFFFF
+    elif (bits & 0x7FFFFF) != 0:
+        bits |= 0x400000
+    store_uint16(stored + 2 * column, np.uint16(bits >> 16))

@@ -1,0 +1,253 @@
+"""Update the touched rows of a store: each is read once, updated, written once.
+
+    for each distinct row u with a gradient:  g = scale * sum[u];  (w, state) = rule(w, state, g);  last_seen, count
+
+The sum is the left fold of `row_grads`, taken inside the same pass, so neither [L, D] nor [U, D] gradients exist. Clipping
+needs all sums first: `reduce_lookups`, then the same pass over its result gives equal bits. Threads own ranges of distinct
+rows. Rows are fetched some rows ahead, because a random row costs a wait on memory that would otherwise be most of the
+time. Least traffic: 12 D + 8 bytes a row for row-wise Adagrad, 28 D for Adam, 16 for the metadata in the same lines.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_kernels.address import load_int32, load_int64, store_int32
+from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.lanes import NUM_LANES, scale_is_finite
+from recis_kernels.philox import rounding_stream
+from recis_kernels.prefetch import prefetch
+from recis_kernels.row_blocks import RowBlocks
+from recis_kernels.row_grads import (
+    PendingLookup,
+    RowGrad,
+    fold_row,
+    list_grads,
+    merge_lookups,
+    reduce_grads,
+    reduce_lookups,
+)
+from recis_kernels.row_rounding import round_row, round_stochastic, widen_row
+from recis_kernels.row_rules import NUM_FOLDED, ROW_STEPS, UpdateRule, fold_scalars, reference_update, update_row
+from recis_kernels.threads import run_parts
+
+__all__ = [
+    "PendingLookup",
+    "RowGrad",
+    "fused_update",
+    "merge_lookups",
+    "reduce_grads",
+    "reduce_lookups",
+    "update_rows",
+]
+
+ROWS_AHEAD = 8  # 8 rows of 13 lines (Adam, D = 64) still fit the core's queue of misses
+MIN_WORK_PER_THREAD = 1024  # contributions, with a row counted as four
+
+
+def fused_update(
+    blocks: RowBlocks,
+    lookups: Sequence[PendingLookup],
+    rule: UpdateRule,
+    scalars: Tensor,
+    *,
+    step: int,
+    keys: Tensor | None = None,
+    record_seen: bool = True,
+    impl: Impl = "auto",
+) -> tuple[PendingLookup, Tensor]:
+    """Apply the gradients of all lookups to their rows, in place.
+
+    Args:
+        lookups: at least one; rows of -1 are skipped.
+        scalars: [T, K] float64, columns rule.scalars, one line per logical table of the store.
+        step: optimizer step, for stochastic rounding and last_seen.
+        keys: key64 of each table, int64 [T]; needed for bfloat16 rows.
+        record_seen: also set last_seen to `step` and add counts, for every row found, with or without a gradient.
+
+    Returns:
+        The merged lookup, and the indices [M] int64 into its rows, ascending, of those left as they were because their
+        gradient is NaN or infinite (their metadata is recorded).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, keys are missing, or the layout lacks a state of the rule.
+    """
+    layout = blocks.layout
+    missing = [name for name in rule.states if name not in dict(layout.state)]
+    if missing:
+        raise ValueError(f"{rule.name} needs the states {rule.states}; the rows have {layout.state}, not {missing}")
+    if layout.dtype == torch.bfloat16 and keys is None:
+        raise ValueError("bfloat16 rows are rounded at random by table: pass keys [T] int64 (table_key)")
+    lookup = merge_lookups(lookups)
+    for name, dtype in (("rows", torch.int64), ("table_of_row", torch.int32), ("counts", torch.int32)):
+        tensor = getattr(lookup, name)
+        if tensor.shape != lookup.rows.shape or tensor.ndim != 1 or tensor.dtype != dtype:
+            raise ValueError(f"{name} must be [U] {dtype}; got {tuple(tensor.shape)} {tensor.dtype}")
+    run = choose(impl, lookup.rows, numba=_numba, reference=_reference)
+    folded = fold_scalars(rule, scalars)
+    bad = run(blocks, lookup, rule, scalars if run is _reference else folded, step, keys, record_seen)
+    return lookup, bad
+
+
+def update_rows(
+    blocks: RowBlocks,
+    rows: Tensor,
+    grads: Tensor,
+    rule: UpdateRule,
+    scalars: Tensor,
+    *,
+    step: int,
+    table_of_row: Tensor | None = None,
+    keys: Tensor | None = None,
+    scale: float = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Update distinct rows [U] (-1 skipped) with their summed gradients [U, D]; metadata stays. See fused_update.
+
+    table_of_row: [U] int32 line of `scalars`; None: line 0 for all. Returns the indices of rows with non-finite gradient.
+    """
+    num_rows = rows.numel()
+    tables = torch.zeros(num_rows, dtype=torch.int32) if table_of_row is None else table_of_row
+    order = torch.arange(num_rows + 1)
+    view = RowGrad(inverse=order[:-1], offsets=order, stride=num_rows, per_position=True, grad=grads)
+    lookup = PendingLookup(rows, tables, torch.zeros(num_rows, dtype=torch.int32), [view], scale)
+    return fused_update(blocks, [lookup], rule, scalars, step=step, keys=keys, record_seen=False, impl=impl)[1]
+
+
+def _reference(
+    blocks: RowBlocks,
+    lookup: PendingLookup,
+    rule: UpdateRule,
+    scalars: Tensor,
+    step: int,
+    keys: Tensor | None,
+    record_seen: bool,
+) -> Tensor:
+    dim, num_rows = blocks.layout.dim, lookup.rows.numel()
+    sums = reduce_grads(lookup.views, num_rows, dim, impl="reference") * lookup.scale
+    reached = torch.zeros(num_rows, dtype=torch.bool)
+    for view in lookup.views:
+        if view.grad is not None:
+            used = view.inverse[int(view.offsets[0]) : int(view.offsets[-1])].long()
+            reached[used[used >= 0]] = True
+    have = lookup.rows >= 0
+    bad = (reached & have & ~sums.isfinite().all(1)).nonzero().squeeze(1)
+    changed = reached & have & sums.isfinite().all(1)
+    rows, old = lookup.rows[changed], blocks.read(lookup.rows[changed])
+    state = {name: old[f"state.{name}"] for name, _ in blocks.layout.state}
+    table = lookup.table_of_row[changed].long()
+    weight, state = reference_update(rule, old["weight"], state, sums[changed], scalars[table])
+    new = weight.float()
+    if blocks.layout.dtype == torch.bfloat16:
+        assert keys is not None
+        new = round_stochastic(new, old["id"], keys[table], step)
+    blocks.write(rows, {"weight": new, **{f"state.{name}": value.float() for name, value in state.items()}})
+    if record_seen:
+        seen = lookup.rows[have]
+        counts = blocks.read(seen, ("count",))["count"].long() + lookup.counts[have].long()
+        last_seen = torch.full((seen.numel(),), step, dtype=torch.int32)
+        blocks.write(seen, {"count": counts.clamp(max=2**31 - 1).to(torch.int32), "last_seen": last_seen})
+    return bad
+
+
+def _numba(
+    blocks: RowBlocks,
+    lookup: PendingLookup,
+    rule: UpdateRule,
+    folded: Tensor,
+    step: int,
+    keys: Tensor | None,
+    record_seen: bool,
+) -> Tensor:
+    num_rows = lookup.rows.numel()
+    lists = list_grads(lookup.views, num_rows, blocks.layout.dim)
+    place = _place(blocks, rule)
+    rows, tables, counts = (t.contiguous().numpy() for t in (lookup.rows, lookup.table_of_row, lookup.counts))
+    table_keys = np.zeros(1, np.int64) if keys is None else keys.contiguous().numpy()
+    bad = np.empty(num_rows, dtype=np.int64)  # mapped lazily: costs nothing while no row is bad
+    pointers, scale = blocks.pointers.numpy(), np.float32(lookup.scale)
+    seen_step = step if record_seen else -1
+
+    def loop(start: int, stop: int) -> int:
+        return _update_loop(
+            (rule.code, seen_step, rounding_stream(step), start, stop),
+            place,
+            (pointers, rows, counts, table_keys, bad),
+            tables,
+            (lists.starts, *lists.addresses),
+            folded.data_ptr(),
+            scale,
+        )
+
+    parts = lists.parts(MIN_WORK_PER_THREAD)
+    found = run_parts(loop, parts)
+    indices = [bad[start : start + int(count)] for (start, _), count in zip(parts, found, strict=True)]  # type: ignore[call-overload]
+    return torch.from_numpy(np.concatenate(indices))
+
+
+def _place(blocks: RowBlocks, rule: UpdateRule) -> tuple[int, ...]:
+    """Return where things lie: shift, row_bytes, dim, is bf16, offsets of two states, of the row's steps, id, metadata."""
+    layout = blocks.layout
+    states = [layout.state_offset(name) for name in rule.states]
+    states += [0] * (2 - len(states))
+    return (
+        blocks.shift,
+        layout.row_bytes,
+        layout.dim,
+        int(layout.dtype == torch.bfloat16),
+        *states,
+        layout.state_offset(ROW_STEPS) if rule.row_steps else -1,
+        layout.id_offset,
+        layout.last_seen_offset,
+        layout.count_offset,
+    )
+
+
+@njit
+def _update_loop(job, place, memory, tables, lists, scalars, scale):
+    code, seen_step, stream, start, stop = job
+    shift, row_bytes, dim, is_bf16, first_at, second_at, steps_at, id_at, seen_at, count_at = place
+    pointers, rows, counts, keys, bad = memory
+    starts, sources, factors = lists
+    end = starts[starts.size - 1]
+    mask = (1 << shift) - 1
+    num_bad = 0
+    padded = (dim + NUM_LANES - 1) // NUM_LANES * NUM_LANES
+    scratch = np.zeros(2 * padded, np.float32)
+    g_at = scratch.ctypes.data
+    wide_at = g_at + 4 * padded
+    for u in range(start, stop):
+        if u + ROWS_AHEAD < stop:
+            row = rows[u + ROWS_AHEAD]
+            if row >= 0:
+                ahead = pointers[row >> shift] + (row & mask) * row_bytes
+                for line in range(0, row_bytes, 64):
+                    prefetch(ahead + line)
+        row = rows[u]
+        if row < 0:
+            continue
+        address = pointers[row >> shift] + (row & mask) * row_bytes
+        if seen_step >= 0:
+            store_int32(address + seen_at, np.int32(seen_step))
+            count = np.int64(load_int32(address + count_at)) + counts[u]
+            store_int32(address + count_at, np.int32(min(count, 2147483647)))
+        if starts[u] == starts[u + 1]:
+            continue
+        fold_row(starts[u], starts[u + 1], end, sources, factors, g_at, dim)
+        if not scale_is_finite(g_at, padded, scale):
+            bad[start + num_bad] = u
+            num_bad += 1
+            continue
+        k = scalars + 8 * NUM_FOLDED * tables[u]
+        steps = address + steps_at if steps_at >= 0 else 0
+        weight = address
+        if is_bf16 != 0:
+            weight = wide_at
+            widen_row(address, wide_at, dim)
+        update_row(code, dim, weight, address + first_at, address + second_at, steps, g_at, k)
+        if is_bf16 != 0:
+            round_row(wide_at, address, dim, keys[tables[u]], load_int64(address + id_at), stream)
+    return num_bad
+

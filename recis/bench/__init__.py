@@ -1,0 +1,1 @@
+"""Measure: the comparison harness behind `benchmarks/`, this machine's limits, and the table made from a result file."""

@@ -1,0 +1,320 @@
+"""Save the state of training at the end of a step, while training goes on or not.
+
+    saver = Saver(run, keep=3);  saver.save(boundary);  ...;  saver.wait()
+
+`save` takes a view of the tables (rows that change afterwards are copied first, by the tables themselves) and copies of
+everything small, then writes on a thread: files into `.tmp-…`, each hashed on the way and fsynced, the manifest last, one
+rename. One save is in flight; the next waits for it. A save that fails removes its folder, leaves all others as they were
+and raises at the next call.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis.checkpoint import tree
+from recis.checkpoint.folder import commit, make_tmp, rotate
+from recis.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Base,
+    FileEntry,
+    Manifest,
+    TableEntry,
+    manifest_sha256,
+    rank_slices,
+    read_manifest,
+    step_folder,
+)
+from recis.checkpoint.parts import file_name, rows_per_part, write_parts
+from recis.checkpoint.tensors import dtype_name, write_bytes, write_tensors
+from recis.embedding import TableSet, TableSnapshot
+from recis.errors import CheckpointError
+
+CONFIG_NAME = "config.json"
+READ_ROWS = 8192  # rows read at once from a view of a table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary:
+    """Everything of a run at the end of a step. Tensors are read while `save` runs and not after it.
+
+    Attributes:
+        step: optimizer updates so far.
+        seed: of the run.
+        clock_s: seconds since 1970.
+        table_sets: the tables, of different names.
+        dense: parameters and buffers outside the tables, by name.
+        trees: states of tensors and plain values by name ("optim", "rng", "metrics"), see recis.checkpoint.tree.
+        reader, schedules, trainer: plain values.
+        metrics: newest metric values, for people who look into the manifest.
+        config: text of config.json.
+    """
+
+    step: int
+    seed: int = 0
+    clock_s: int = 0
+    table_sets: Sequence[TableSet] = ()
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    trees: Mapping[str, Any] = field(default_factory=dict)
+    reader: Any = None
+    schedules: Any = None
+    trainer: Any = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    config: str = "{}\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A boundary that training can no longer change."""
+
+    boundary: Boundary
+    tables: Mapping[str, TableSnapshot]
+    dense: Mapping[str, Tensor]
+    trees: Mapping[str, tuple[str, dict[str, Tensor]]]
+    plain: Mapping[str, Any]
+    base: Base | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFiles:
+    """What one rank reports after writing: its files, and what it knows of each table."""
+
+    files: Mapping[str, FileEntry]
+    tables: Mapping[str, TableEntry]
+
+
+class Saver:
+    """Writes the checkpoints of one run.
+
+    Args:
+        run: folder of the run.
+        keep: newest checkpoints to keep.
+        snapshot_memory_mib: memory for rows copied during a save; beyond it training waits.
+        background: write on a thread; else `save` returns when the checkpoint is whole.
+    """
+
+    def __init__(self, run: Path, *, keep: int = 3, snapshot_memory_mib: int = 1024, background: bool = True) -> None:
+        self.run = run
+        self.keep = keep
+        self.snapshot_memory_mib = snapshot_memory_mib
+        self.background = background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recis-save")
+        self._in_flight: Future[Path] | None = None
+
+    def save(self, boundary: Boundary, *, protect: Sequence[int] = (), base: Path | None = None) -> Path | None:
+        """Save a boundary as `step_<step>`.
+
+        Args:
+            boundary: the state; free to change once this returns.
+            protect: steps whose checkpoints rotation must leave (the best one).
+            base: write a delta on this checkpoint; it must be the one saved or loaded last.
+
+        Returns:
+            The checkpoint when it is whole already; None when a thread writes it.
+
+        Raises:
+            CheckpointError: this save or the one before could not be written.
+        """
+        self.wait()
+        captured = capture(boundary, base=base, memory_mib=self.snapshot_memory_mib)
+        self._in_flight = self._thread.submit(self._write, captured, tuple(protect))
+        return None if self.background else self.wait()
+
+    def wait(self) -> Path | None:
+        """Wait for the save in flight and return its folder; None when there is none. Raises as save."""
+        if self._in_flight is None:
+            return None
+        try:
+            return self._in_flight.result()
+        finally:
+            self._in_flight = None
+
+    def poll(self) -> Path | None:
+        """Return the folder of a save that has just become whole, without waiting. Raises as save."""
+        return self.wait() if self._in_flight is not None and self._in_flight.done() else None
+
+    def close(self) -> None:
+        """Wait for the save in flight and end the thread. Raises as save."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, captured: Captured, protect: Sequence[int]) -> Path:
+        final = write_checkpoint(captured, self.run)
+        rotate(self.run, self.keep, [self.run / step_folder(step) for step in protect])
+        return final
+
+
+def save(run: Path, boundary: Boundary, *, base: Path | None = None) -> Path:
+    """Save one boundary now and return the checkpoint's folder; nothing is rotated. Raises as Saver.save."""
+    return write_checkpoint(capture(boundary, base=base), run)
+
+
+def capture(boundary: Boundary, *, base: Path | None = None, memory_mib: int = 1024) -> Captured:
+    """Freeze a boundary: views of the tables, copies of the rest. The tables start a new delta here.
+
+    The views must be written (or closed): until then training copies the rows that it changes.
+
+    Raises:
+        CheckpointError: a state that cannot be saved; a table name in two table sets; a base that is not one.
+    """
+    on = None if base is None else Base(step=read_manifest(base).step, manifest_sha256=manifest_sha256(base))
+    trees = {}
+    for name, state in boundary.trees.items():
+        packed, tensors = tree.pack(state)
+        trees[name] = (tree.to_text(packed), {key: _copied(tensor) for key, tensor in tensors.items()})
+    plain = {}
+    for name in ("reader", "schedules", "trainer", "metrics"):
+        packed, tensors = tree.pack(getattr(boundary, name))
+        if tensors:
+            raise CheckpointError(f"{name} state holds tensors ({', '.join(tensors)}); it must be plain values")
+        plain[name] = packed
+    dense = {name: _copied(tensor) for name, tensor in boundary.dense.items()}
+    names = [name for table_set in boundary.table_sets for name in table_set.tables]
+    for name in names:
+        if names.count(name) > 1:
+            raise CheckpointError(f"two table sets have a table {name!r}; rename one, or build both on one TableSet")
+    tables: dict[str, TableSnapshot] = {}
+    for table_set in boundary.table_sets:
+        tables.update(table_set.snapshot(memory_mib=memory_mib, since_step=None if on is None else on.step))
+        for table in table_set:
+            table.mark_base()
+    return Captured(boundary=boundary, tables=tables, dense=dense, trees=trees, plain=plain, base=on)
+
+
+def write_checkpoint(captured: Captured, run: Path) -> Path:
+    """Write a captured boundary as one process and return its folder; on failure nothing of it is left.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    with ExitStack() as stack:
+        for snapshot in captured.tables.values():
+            stack.callback(snapshot.close)
+        tmp = make_tmp(run, step_folder(captured.boundary.step))
+        try:
+            report = write_rank(captured, tmp, rank=0, world_size=1)
+            return commit_checkpoint(captured, tmp, run, [report])
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+
+
+def write_rank(captured: Captured, tmp: Path, *, rank: int, world_size: int) -> RankFiles:
+    """Write the files of one rank into `tmp`; dense tensors and config.json are rank 0's."""
+    of = f"{rank:05d}-of-{world_size:05d}"
+    files: dict[str, FileEntry] = {}
+    tables: dict[str, TableEntry] = {}
+    with ThreadPoolExecutor(2, thread_name_prefix="recis-save") as pool:
+        is_delta = captured.base is not None
+        for name, snapshot in captured.tables.items():
+            written, tables[name] = _write_table(tmp, name, snapshot, rank, world_size, pool, is_delta)
+            files.update(written)
+    for name, (text, tensors) in captured.trees.items():
+        file = f"{name}-{of}.safetensors"
+        files[file] = write_tensors(tmp / file, tensors, metadata={"tree": text})
+    if rank == 0:
+        file = f"dense-{of}.safetensors"
+        files[file] = write_tensors(tmp / file, captured.dense)
+        files[CONFIG_NAME] = write_bytes(tmp / CONFIG_NAME, captured.boundary.config.encode())
+    return RankFiles(files=files, tables=tables)
+
+
+def commit_checkpoint(captured: Captured, tmp: Path, run: Path, reports: Sequence[RankFiles]) -> Path:
+    """Write the manifest over the files of all ranks, rename the folder, and return it: what rank 0 does last."""
+    boundary = captured.boundary
+    manifest = Manifest(
+        step=boundary.step,
+        world_size=len(reports),
+        kind="full" if captured.base is None else "delta",
+        base=captured.base,
+        seed=boundary.seed,
+        clock_s=boundary.clock_s,
+        files={name: entry for report in reports for name, entry in report.files.items()},
+        tables=merge_tables([report.tables for report in reports]),
+        dense={name: _shape(tensor) for name, tensor in captured.dense.items()},
+        lib={"torch": str(torch.__version__)},
+        **captured.plain,
+    )
+    write_bytes(tmp / MANIFEST_NAME, manifest.to_bytes())
+    final = run / step_folder(boundary.step)
+    commit(tmp, final)
+    return final
+
+
+def merge_tables(reports: Sequence[Mapping[str, TableEntry]]) -> dict[str, TableEntry]:
+    """Return one entry per table from those of all ranks: rows and tombstones summed, states side by side."""
+    merged = {}
+    for name, entry in reports[0].items():
+        entries = [report[name] for report in reports]
+        merged[name] = replace(
+            entry,
+            rows=sum(item.rows for item in entries),
+            tombstones=sum(item.tombstones for item in entries),
+            states=[state for item in entries for state in item.states],
+        )
+    return merged
+
+
+def _write_table(
+    tmp: Path,
+    name: str,
+    snapshot: TableSnapshot,
+    rank: int,
+    world_size: int,
+    pool: ThreadPoolExecutor,
+    is_delta: bool,
+) -> tuple[dict[str, FileEntry], TableEntry]:
+    signature = snapshot.signature
+    entry = TableEntry(
+        dim=signature["dim"],
+        dtype=dtype_name(getattr(torch, signature["dtype"])),
+        rows=snapshot.num_rows,
+        optimizer=signature["optimizer"],
+        initializer=signature["initializer"],
+        t=int(snapshot.state["t"]),
+        tombstones=snapshot.tombstones.numel() if is_delta else 0,
+        state_widths=snapshot.state_widths,
+        states=[snapshot.state],
+    )
+    parts = _parts(snapshot, rows_per_part(entry.row_bytes))
+    files = write_parts(tmp, name, parts, rank=rank, world_size=world_size, pool=pool)
+    slices = rank_slices(rank, world_size)
+    # the log of changes ends at every checkpoint: what it says stands in the tombstones and rows of a delta
+    admission = {key: value for key, value in snapshot.admission.items() if not key.startswith("log.")}
+    if admission:
+        file = file_name("admission", name, rank, world_size)
+        files[file] = write_tensors(tmp / file, admission, slices=slices)
+    if is_delta:
+        file = file_name("tombstones", name, rank, world_size)
+        files[file] = write_tensors(tmp / file, {"ids": snapshot.tombstones}, slices=slices)
+    return files, entry
+
+
+def _parts(snapshot: TableSnapshot, part_rows: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows of a table, part by part; read a little at a time, because training may wait for a read to end."""
+    for start in range(0, snapshot.num_rows, part_rows):
+        stop = min(start + part_rows, snapshot.num_rows)
+        part: dict[str, Tensor] = {}
+        for first in range(start, stop, READ_ROWS):
+            for key, values in snapshot.read(first, min(first + READ_ROWS, stop)).items():
+                if key not in part:
+                    part[key] = values.new_empty((stop - start, *values.shape[1:]))
+                part[key][first - start : first - start + values.shape[0]] = values
+        yield part
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _shape(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}

@@ -1,0 +1,407 @@
+"""Physical storage of tables with one signature: row blocks, the index of all their ids, and the step under way.
+
+    lookup      unique -> find -> (admit -> take rows -> insert -> initialise); one launch each for all tables
+    pending     what backward left for the optimizer
+    end_step    metadata of rows no update has touched, counters, sightings, then eviction
+
+A row is in use by one table, named in `owners`. Tables differ inside a store by their number, which is also the index's
+segment, and by what a config adds to the signature: admission, eviction, limits and default rows are arrays over tables.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis.embedding.admission_control import AdmissionControl
+from recis.embedding.config import TableConfig
+from recis.embedding.counters import TableCounters
+from recis.embedding.default_rows import DefaultRows
+from recis.embedding.eviction import TtlSeconds
+from recis.embedding.lookups import FOUND, FULL, INSERTED, REJECTED, StoreLookup, unplaced
+from recis.embedding.row_eviction import RowEviction
+from recis.embedding.row_log import ChangeLog
+from recis.embedding.row_owners import RowOwners, grown
+from recis.embedding.snapshot import StoreSnapshot
+from recis.embedding.step_clock import StepClock
+from recis.embedding.totals import StoreTotals
+from recis_kernels.hash_index import HashIndex
+from recis_kernels.philox import table_key
+from recis_kernels.row_blocks import RowBlocks, RowLayout
+from recis_kernels.row_grads import PendingLookup
+from recis_kernels.row_init import init_rows
+from recis_kernels.unique_ids import order_by_segment_and_id, unique_ids
+
+
+def low_seconds(seconds: Tensor) -> Tensor:
+    """Return the low 32 bits of clock readings, as the int32 with those bits: what a row keeps, good until 2106."""
+    return torch.where(seconds >= 1 << 31, seconds - (1 << 32), seconds).to(torch.int32)
+
+
+class RowStore:
+    """Rows of T tables of one signature.
+
+    Attributes:
+        configs: of the tables, by number.
+        keys: int64 [T], key64 of (seed, name) of each table; seeds its random draws.
+        layout, blocks: where rows lie.  index: (table, id) -> row.  owners: row -> table.
+        sizes: int64 [T] numpy, rows of each table.  t: int64 [T], optimizer steps of each table so far.
+        step: the step under way: lookups belong to it, updates write it as last_seen.
+        clock: of eviction by seconds, shared by all stores of a table set; has_clock: whether this store needs it.
+        on_evict: called with (table name, ascending ids) after an eviction.
+        snapshot: the save under way, if any.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[TableConfig],
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        deterministic: bool = True,
+        block_shift: int | None = None,
+        clock: StepClock | None = None,
+        on_evict: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        first = configs[0]
+        self.seed = seed
+        self.configs = tuple(configs)
+        self.optimizer = first.optimizer
+        self._init_spec = first.initializer.spec()
+        self._state_values = first.optimizer.initial_state()
+        self.device = torch.device(device)
+        self.deterministic = deterministic
+        self.keys = torch.tensor([table_key(seed, config.name) for config in configs])
+        self.has_clock = any(isinstance(policy, TtlSeconds) for config in configs for policy in config.eviction)
+        self.layout = RowLayout(
+            dim=first.embedding_dim,
+            dtype=first.torch_dtype,
+            state=tuple(first.optimizer.state_spec(first.embedding_dim)),
+            clock=self.has_clock,
+        )
+        self.blocks = RowBlocks(self.layout, device=device, shift=block_shift)
+        self.index = HashIndex(device)
+        for _ in configs:
+            self.index.add_segment()
+        self.owners = RowOwners()
+        self.admission = AdmissionControl(self.configs, self.keys)
+        self.logs = [ChangeLog() for _ in configs]
+        self.totals = StoreTotals(self.configs)
+        self.defaults = DefaultRows(self.configs)
+        self.eviction = RowEviction(self)
+        self.sizes = np.zeros(len(configs), dtype=np.int64)
+        self.t = torch.zeros(len(configs), dtype=torch.int64)
+        self.step = 1
+        self.clock = StepClock() if clock is None else clock
+        self.on_evict = on_evict
+        self.snapshot: StoreSnapshot | None = None
+        self._records: list[StoreLookup] = []
+        self._tags = torch.zeros(0, dtype=torch.int32)
+        self._tag = 0
+        tables = self.defaults.tables
+        if tables.numel():
+            self.defaults.rows[tables] = self.owners.take(torch.full(tables.shape, self.reserved, dtype=torch.int32))
+            self.initialise_default_rows(tables)
+
+    @property
+    def num_tables(self) -> int:
+        """T."""
+        return len(self.configs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows in use."""
+        return self.owners.num_used * self.layout.row_bytes
+
+    @property
+    def reserved(self) -> int:
+        """Owner number of default rows: they belong to no table's export, size or eviction."""
+        return len(self.configs)
+
+    def initialise_default_rows(self, tables: Tensor) -> None:
+        """Set the default rows of tables [K], which have one, to their first values and state."""
+        rows = self.defaults.rows[tables]
+        keys = torch.tensor([table_key(self.seed, f"{config.name}/default") for config in self.configs])
+        self.initialise(rows, torch.zeros_like(rows), tables, keys=keys)
+
+    # ---- lookups
+
+    def one_range(self, ids: Tensor, table: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (ids, offsets, tables) that say: all of ids are of one table."""
+        if ids.ndim != 1 or ids.dtype != torch.int64:
+            name = self.configs[table].name
+            raise ValueError(f"table {name!r}: ids must be int64 [L]; got {ids.dtype} {tuple(ids.shape)}")
+        return ids, torch.tensor([0, ids.numel()]), torch.tensor([table], dtype=torch.int32)
+
+    def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
+        """Look up ids [L] of ranges: positions offsets[r]:offsets[r + 1] are of table tables[r].
+
+        Args:
+            ranges: ids [L] int64, offsets [R + 1] int64, tables [R] int32.
+            train: whether unknown ids may earn rows and the step's bookkeeping counts this lookup.
+            source: who asks; numbers micro-batches.
+        """
+        ids, offsets, tables = ranges
+        unique = unique_ids(ids, tables, offsets)
+        rows = self.index.find(unique.ids, unique.segments)
+        found = StoreLookup(self, unique.ids, unique.segments, unique.counts, unique.inverse, rows, rows, source=source)
+        missing = (rows < 0).nonzero().squeeze(1)
+        if train:
+            if missing.numel():
+                missing = self._admit(found, missing)
+            self._remember(found)
+        elif missing.numel():
+            reads = torch.bincount(found.tables[missing].long(), found.counts[missing].double(), self.num_tables)
+            self.totals.add_default_reads(reads.long())
+        update_rows = rows
+        if missing.numel() and self.defaults.tables.numel():
+            update_rows = self.defaults.redirect(found, missing, train=train)
+        if train:
+            found.grads = PendingLookup(update_rows, found.tables, found.counts)
+        return found
+
+    def _admit(self, found: StoreLookup, missing: Tensor) -> Tensor:
+        """Give rows to the ids found.ids[missing] that may have one; return those that stay without."""
+        ids, tables = found.ids[missing], found.tables[missing]
+        outcome = torch.full((missing.numel(),), INSERTED, dtype=torch.uint8)
+        admitted = self.admission.decide(ids, tables, self.step)
+        if admitted is not None:
+            outcome[~admitted] = REJECTED
+        if self.totals.has_limits:
+            self._mark_full(ids, tables, outcome)
+        new = (outcome == INSERTED).nonzero().squeeze(1)
+        if new.numel():
+            if self.deterministic:
+                new = new[order_by_segment_and_id(ids[new], tables[new], self.num_tables)]
+            found.row_numbers[missing[new]] = self.place(ids[new], tables[new])
+        found.outcome = torch.full((found.ids.numel(),), FOUND, dtype=torch.uint8)
+        found.outcome[missing] = outcome
+        return missing[outcome != INSERTED]
+
+    def _mark_full(self, ids: Tensor, tables: Tensor, outcome: Tensor) -> None:
+        """Turn admissions past max_rows into FULL; the smaller ids of a lookup come first."""
+        wanted = torch.bincount(tables[outcome == INSERTED].long(), minlength=self.num_tables).numpy()
+        limits = self.totals.limits
+        for table in np.flatnonzero((self.sizes + wanted > limits) & (wanted > 0)):
+            asking = ((tables == int(table)) & (outcome == INSERTED)).nonzero().squeeze(1)
+            room = max(0, int(limits[table] - self.sizes[table]))
+            outcome[asking[ids[asking].argsort()][room:]] = FULL
+
+    def place(self, ids: Tensor, tables: Tensor) -> Tensor:
+        """Give absent ids [N] of tables int32 [N] fresh rows, in this order; return the rows."""
+        rows = self.owners.take(tables)
+        self.initialise(rows, ids, tables)
+        self.index.insert(ids, tables, rows)
+        self.sizes += torch.bincount(tables.long(), minlength=self.num_tables).numpy()
+        self.eviction.inserted(rows, tables)
+        return rows
+
+    def initialise(self, rows: Tensor, ids: Tensor, tables: Tensor, *, keys: Tensor | None = None) -> None:
+        """Write first weight, first state and fresh metadata into rows [N]."""
+        self.blocks.grow(self.owners.num_fresh)
+        self.before_write(rows)
+        init_rows(
+            self.blocks,
+            rows,
+            ids,
+            self.keys if keys is None else keys,
+            self._init_spec,
+            tables=tables,
+            state_values=self._state_values,
+            step=self.step,
+            clock_s=int(low_seconds(torch.tensor(self.clock.seconds))),
+        )
+
+    def _remember(self, found: StoreLookup) -> None:
+        """Keep a training lookup for the end of the step; mark which of its rows this step had not seen yet."""
+        if self._records:
+            self._tags = grown(self._tags, self.owners.owner.numel(), 0)
+            if len(self._records) == 1:
+                self._tag += 1
+                earlier = self._records[0].row_numbers
+                self._tags[earlier[earlier >= 0]] = self._tag
+            rows = found.row_numbers
+            found.first = self._tags[rows.clamp(min=0)] != self._tag
+            self._tags[rows[rows >= 0]] = self._tag
+        self._records.append(found)
+
+    # ---- what the optimizer needs
+
+    def pending(self) -> list[PendingLookup]:
+        """Return the training lookups since the last update that a gradient has reached, in the order they were made."""
+        return [record.grads for record in self._records if record.has_gradient and record.grads is not None]
+
+    def micro_batch(self, source: object) -> int:
+        """Return how many lookups `source` has made since the last update, the newest one not counted."""
+        return sum(record.source is source and not record.applied for record in self._records) - 1
+
+    def before_write(self, rows: Tensor) -> None:
+        """Call before any write to rows [N] (-1 is ignored): a snapshot under way keeps what they hold now."""
+        snapshot = self.snapshot  # the writer's thread may close it meanwhile
+        if snapshot is not None:
+            snapshot.keep(rows)
+
+    def mark_applied(self) -> None:
+        """Say that an update has consumed `pending()` and written last_seen = step and count += counts for its rows."""
+        for record in self._records:
+            if record.has_gradient:
+                record.applied = record.is_booked = True
+
+    def drop_gradients(self) -> None:
+        """Forget gradients that no update has consumed (zero_grad); the lookups still count as sightings."""
+        for record in self._records:
+            if record.grads is not None:
+                for view in record.grads.views:
+                    view.grad = None
+
+    # ---- the boundary of a step
+
+    def begin_step(self, step: int) -> None:
+        """Say that the lookups to come belong to `step`. Lookups of an earlier step are settled, without eviction.
+
+        Raises:
+            ValueError: the step is before the one under way, or gradients of that one were not applied.
+        """
+        if step == self.step:
+            return
+        if step < self.step - 1 or (self._records and step < self.step):
+            raise ValueError(f"steps do not go back: step {step} after {self._names()} were in step {self.step}")
+        self.settle()
+        self.step = step
+
+    def settle(self) -> None:
+        """Book the lookups of the step under way: metadata, counters, sightings. Rows stay.
+
+        Raises:
+            ValueError: a gradient waits that no optimizer step has applied.
+        """
+        records = self._records
+        if any(record.has_gradient for record in records):
+            raise ValueError(
+                f"step {self.step} of {self._names()} ends with gradients that no update has applied: call "
+                "SparseOptimizer.step() before end_step, or zero_grad() to drop them"
+            )
+        self._records = []
+        for record in records:
+            self._write_metadata(record)
+        self.totals.add_step(records)
+        self._book_sightings(records)
+        self.totals.warn_if_full()
+
+    def book_last_seen(self) -> None:
+        """Write the metadata of lookups of the step under way now; counters and sightings wait for its end."""
+        for record in self._records:
+            self._write_metadata(record)
+
+    def forget_lookups(self, table: int) -> None:
+        """Drop one table from the lookups of the step under way (the table was cleared)."""
+        for record in self._records:
+            record.drop_table(table)
+
+    def _write_metadata(self, record: StoreLookup) -> None:
+        if record.is_booked and not self.has_clock:
+            return
+        at = (record.row_numbers >= 0).nonzero().squeeze(1)
+        rows = record.row_numbers[at]
+        self.before_write(rows)
+        if not record.is_booked:
+            count = self.blocks.read(rows, ("count",))["count"] + record.counts[at]
+            self.blocks.write(rows, {"count": count, "last_seen": torch.full_like(count, self.step)})
+        if self.has_clock:
+            self.write_clock(rows, torch.full_like(rows, self.clock.seconds))
+        record.is_booked = True
+
+    def write_clock(self, rows: Tensor, seconds: Tensor) -> None:
+        """Write last_seen_s int64 [N]."""
+        self.blocks.write(rows, {"last_seen_s": low_seconds(seconds)})
+
+    def read_clock(self, rows: Tensor) -> Tensor:
+        """Return last_seen_s of rows [N], int64 [N]."""
+        return self.blocks.read(rows, ("last_seen_s",))["last_seen_s"].long() & 0xFFFFFFFF
+
+    def _book_sightings(self, records: Sequence[StoreLookup]) -> None:
+        if not self.admission.counts_sightings:
+            return
+        without = unplaced(records)
+        self.admission.add(without.ids, without.tables, without.counts, step=self.step, clock_s=self.clock.seconds)
+        for record in records:
+            if record.outcome is not None:
+                placed = (record.outcome == INSERTED).nonzero().squeeze(1)
+                self.admission.forget(record.ids[placed], record.tables[placed])
+
+    def end_step(self, step: int, *, tables: Sequence[int] | None = None) -> None:
+        """Settle `step`, then evict from these tables (None: all). The step under way is then step + 1.
+
+        Raises:
+            ValueError: gradients wait, lookups were made in another step, or the step is before one that has ended.
+        """
+        if step != self.step and (self._records or step < self.step - 1):
+            raise ValueError(
+                f"end_step({step}) of {self._names()}, but the step under way is {self.step}: steps count from 1 and up "
+                "by one per update; after loading, set the last step that ended with TableSet.load_step"
+            )
+        self.step = step
+        if self.has_clock:
+            self.clock.at(step)
+        self.settle()
+        self.admission.expire(step=step, clock_s=self.clock.seconds)
+        self.eviction.run(step, self.clock.seconds, tables)
+        self.index.maintain()
+        self.step = step + 1
+
+    def has_ended(self, step: int) -> bool:
+        """Whether `step` is the last one that ended and nothing was looked up since."""
+        return step == self.step - 1 and not self._records
+
+    def load_step(self, step: int) -> None:
+        """Set the last step that ended; ValueError inside a step."""
+        self.require_boundary("loading a step")
+        self.step = step + 1
+
+    def require_boundary(self, what: str) -> None:
+        """Raise ValueError when training lookups wait for their end_step."""
+        if self._records:
+            raise ValueError(f"{what} needs the boundary of a step: call end_step({self.step}) of {self._names()} first")
+
+    def counters(self, table: int) -> TableCounters:
+        """Return the totals of one table, the step under way included."""
+        size = int(self.sizes[table])
+        return self.totals.counters(table, self._records, size=size, allocated=self.blocks.capacity)
+
+    # ---- taking rows away
+
+    def evict(self, rows: Tensor) -> Tensor:
+        """Take rows [N] away as an eviction: counted and reported; return their ids in (table, id) order."""
+        if rows.numel() == 0:
+            return rows
+        ids, per_table = self.free(rows)
+        self.totals.add_evicted(per_table)
+        if self.on_evict is not None:
+            evicted = per_table.nonzero().squeeze(1)
+            for table, part in zip(evicted.tolist(), ids.split(per_table[evicted].tolist()), strict=True):
+                self.on_evict(self.configs[table].name, part)
+        return ids
+
+    def free(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Take rows [N], in use and distinct, from their tables; return ids [N] in (table, id) order and rows [T]."""
+        ids, tables = self.blocks.read(rows, ("id",))["id"], self.owners.owner[rows]
+        order = order_by_segment_and_id(ids, tables, self.num_tables)
+        rows, ids, tables = rows[order], ids[order], tables[order]
+        self.index.erase(ids, tables)
+        self.owners.release(rows)
+        per_table = torch.bincount(tables.long(), minlength=self.num_tables)
+        self.sizes -= per_table.numpy()
+        for record in self._records:  # a row freed inside a step must not be updated by it
+            for numbers in (record.row_numbers, None if record.grads is None else record.grads.rows):
+                if numbers is not None:
+                    numbers[torch.isin(numbers, rows)] = -1
+        touched = per_table.nonzero().squeeze(1)
+        for table, part in zip(touched.tolist(), ids.split(per_table[touched].tolist()), strict=True):
+            self.logs[table].removed(part)
+        return ids, per_table
+
+    def _names(self) -> str:
+        names = [config.name for config in self.configs[:3]]
+        more = f" and {self.num_tables - 3} more" if self.num_tables > 3 else ""
+        return f"table {', '.join(map(repr, names))}{more}"

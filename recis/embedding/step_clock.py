@@ -1,0 +1,45 @@
+"""One clock reading per optimizer step, for eviction by seconds.
+
+The reading is taken when the step ends, is the same for all tables, never runs backwards, and is logged with its step: a
+replay that feeds the log evicts alike.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+_LOGGED_STEPS = 100_000
+
+
+class StepClock:
+    """Readings of a clock by step.
+
+    Args:
+        read: returns seconds since the epoch; None: the system's time. Tests and replays give their own.
+
+    Attributes:
+        step, seconds: of the last reading; 0, 0 before the first.
+        log: the last (step, seconds) pairs.
+    """
+
+    def __init__(self, read: Callable[[], float] | None = None) -> None:
+        self._read = time.time if read is None else read
+        self.step = 0
+        self.seconds = 0
+        self.log: deque[tuple[int, int]] = deque(maxlen=_LOGGED_STEPS)
+
+    def at(self, step: int) -> int:
+        """Return the reading of this step in whole seconds; the clock is read at the first call for it."""
+        if step != self.step or not self.log:
+            self.step, self.seconds = step, max(self.seconds, int(self._read()))
+            self.log.append((step, self.seconds))
+        return self.seconds
+
+    def state(self) -> dict[str, list]:
+        """Return the log, JSON-able."""
+        return {"log": [list(entry) for entry in self.log]}
+
+    def load(self, state: dict[str, list]) -> None:
+        """Set what `state` returned."""
+        self.log = deque(((int(step), int(seconds)) for step, seconds in state["log"]), maxlen=_LOGGED_STEPS)
+        self.step, self.seconds = self.log[-1] if self.log else (0, 0)

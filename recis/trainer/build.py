@@ -1,0 +1,116 @@
+"""Find the parts of a model, and write the dense optimizer's state down by parameter name.
+
+A model is any nn.Module. Whatever of it is an embedding collection is served by the tables; all its other parameters and
+buffers are dense.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis.embedding import EmbeddingBagCollection, EmbeddingCollection, HashTable, TableSet
+from recis.errors import CheckpointError, ConfigError
+from recis.jagged import JaggedTensor
+from recis.trainer.config import ModelConfig, TrainConfig
+
+Collection = EmbeddingBagCollection | EmbeddingCollection
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """Return the module of a run: `config.model.build()`, or `config.model()`.
+
+    Raises:
+        ConfigError: that gives something else than a module.
+    """
+    made = config.model.build() if isinstance(config.model, ModelConfig) else config.model()
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"TrainConfig {config.name!r}: model must build an nn.Module; got {type(made).__name__}")
+    return made
+
+
+def find_collections(model: nn.Module) -> list[Collection]:
+    """Return the embedding collections anywhere inside a model, each once."""
+    return [module for module in model.modules() if isinstance(module, Collection)]
+
+
+def table_sets(collections: Sequence[Collection]) -> list[TableSet]:
+    """Return the table sets behind some collections, each once."""
+    return list({id(collection.table_set): collection.table_set for collection in collections}.values())
+
+
+def all_tables(sets: Sequence[TableSet]) -> dict[str, HashTable]:
+    """Return the tables of all sets by name; ConfigError when two sets have one name."""
+    tables: dict[str, HashTable] = {}
+    for table_set in sets:
+        for name, table in table_set.tables.items():
+            if name in tables:
+                raise ConfigError(
+                    f"two collections have a table {name!r} each; rename one, or build both on one TableSet to share it"
+                )
+            tables[name] = table
+    return tables
+
+
+def named_optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Any]:
+    """Return an optimizer's state by parameter name; `names` in the order of its parameters."""
+    state = optimizer.state_dict()
+    return {
+        "state": {names[index]: value for index, value in state["state"].items()},
+        "groups": [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [names[i] for i in group["params"]],
+            }
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def load_named_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], saved: Mapping[str, Any]
+) -> None:
+    """Take up what named_optimizer_state returned.
+
+    Raises:
+        CheckpointError: it was saved for other parameters.
+    """
+    index = {name: position for position, name in enumerate(names)}
+    try:
+        state = {index[name]: dict(value) for name, value in saved["state"].items()}
+        groups = [{**group, "params": [index[name] for name in group["params"]]} for group in saved["groups"]]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the saved dense optimizer does not fit this one ({error}); load without the part 'optimizer'"
+        ) from error
+
+
+def nonfinite_features(collections: Sequence[Collection], batch: Any) -> list[str]:
+    """Return what in a batch is not finite: features whose rows are not, dense features, labels, weights."""
+    found = []
+    for collection in collections:
+        training = collection.training
+        collection.eval()
+        try:
+            with torch.no_grad():
+                found += [name for name, value in collection(batch.sparse).items() if not _finite(value)]
+        finally:
+            collection.train(training)
+    first = 0
+    for name, width in zip(batch.dense_keys, batch.dense_widths, strict=True):
+        if not _finite(batch.dense[:, first : first + width]):
+            found.append(name)
+        first += width
+    found += [name for name in ("labels", "weights") if not _finite(_present(batch, name))]
+    return found
+
+
+def _present(batch: Any, name: str) -> Tensor:
+    values = getattr(batch, name)
+    return values[batch.label_mask] if name == "labels" and batch.label_mask is not None else values
+
+
+def _finite(value: Tensor | JaggedTensor) -> bool:
+    return _finite(value.values) if isinstance(value, JaggedTensor) else bool(torch.isfinite(value).all())

@@ -1,0 +1,130 @@
+"""What of a trainer goes into a checkpoint, and how it comes back.
+
+tables, dense tensors     what the model has learned
+optim                     dense optimizer by parameter name, numbers of the row optimizers
+rng, metrics              generators, states of the training metrics
+reader, schedules         positions
+trainer                   RunState and the step clocks of the tables
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load
+from recis.errors import CheckpointError
+from recis.trainer.build import load_named_optimizer_state, named_optimizer_state
+from recis.trainer.config import InitFrom, TrainConfig
+from recis.trainer.randomness import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from recis.trainer.trainer import Trainer
+
+
+def make_saver(config: TrainConfig, run: Path) -> Saver:
+    """Return what writes the checkpoints of a run."""
+    return Saver(
+        run,
+        keep=config.keep_checkpoints,
+        snapshot_memory_mib=config.snapshot_memory_mib,
+        background=config.async_save,
+    )
+
+
+def boundary(trainer: "Trainer") -> Boundary:
+    """Return the whole state of a run between two steps."""
+    names = list(trainer.dense_parameters)
+    return Boundary(
+        step=trainer.state.step,
+        seed=trainer.config.seed,
+        clock_s=int(trainer.clock()),
+        table_sets=trainer.table_sets,
+        dense=trainer.model.state_dict(),
+        trees={
+            "optim": {
+                "dense": named_optimizer_state(trainer.dense_optimizer, names),
+                "sparse": trainer.sparse_optimizer.state_dict(),
+            },
+            "rng": random_state(),
+            "metrics": trainer.metrics.state_dict(),
+        },
+        reader=None if trainer.stream is None else trainer.stream.state_dict(),
+        schedules=trainer.schedule.state_dict(),
+        trainer={
+            "run": trainer.state.state_dict(),
+            "table_sets": [table_set.state() for table_set in trainer.table_sets],
+        },
+        metrics=trainer.state.metrics,
+        config=trainer.config_text,
+    )
+
+
+def restore(trainer: "Trainer", checkpoint: Path) -> Any:
+    """Put a trainer where a checkpoint of the same config was saved; returns the position of its reader.
+
+    The checkpoint must have been verified just now.
+    """
+    loaded = load(checkpoint, into=target(trainer), verify=False)
+    _restore_optimizers(trainer, loaded)
+    set_random_state(loaded.trees["rng"])
+    trainer.metrics.load_state_dict(loaded.trees["metrics"])
+    trainer.state.load_state_dict(loaded.trainer["run"])
+    trainer.state.metrics = dict(loaded.metrics or {})
+    trainer.state.checkpoint = checkpoint
+    for table_set, state in zip(trainer.table_sets, loaded.trainer["table_sets"], strict=True):
+        table_set.load_state(state)
+    _mark_base(trainer)
+    return loaded.reader
+
+
+def start_from(trainer: "Trainer", init: InitFrom) -> None:
+    """Give a new run what another has learned; its steps are counted from 0 again, the age of rows goes on.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, or does not fit the model.
+    """
+    chain = [as_checkpoint(Path(init.paths[0])), *map(Path, init.paths[1:])]
+    loaded = load(
+        chain if len(chain) > 1 else chain[0],
+        into=target(trainer),
+        tables=None if init.tables is None else dict(init.tables),
+        parts=set(init.parts),
+        strict=init.strict,
+        cast=init.cast,
+        rebase_steps=True,
+    )
+    saved = loaded.trees.get("optim")
+    if saved is not None:  # moments only: learning rates and schedules are those of the new run
+        names = list(trainer.dense_parameters)
+        own = named_optimizer_state(trainer.dense_optimizer, names)
+        known = {name: value for name, value in saved["dense"]["state"].items() if name in names}
+        load_named_optimizer_state(trainer.dense_optimizer, names, {"state": known, "groups": own["groups"]})
+    _mark_base(trainer)
+
+
+def load_weights(trainer: "Trainer", path: Path) -> Loaded:
+    """Load tables and dense tensors of a checkpoint, or of the newest whole one of a run."""
+    loaded = load(as_checkpoint(path), into=target(trainer), parts={"weights", "dense"})
+    for table_set in trainer.table_sets:
+        table_set.load_step(loaded.manifest.step)
+    return loaded
+
+
+def target(trainer: "Trainer") -> Target:
+    """Return what checkpoints are loaded into."""
+    return Target(tables=trainer.tables, dense=trainer.model.state_dict())
+
+
+def _restore_optimizers(trainer: "Trainer", loaded: Loaded) -> None:
+    saved: Mapping[str, Any] | None = loaded.trees["optim"]
+    if saved is None:
+        raise CheckpointError(f"{loaded.path}: it has no optimizer state; load without the part 'optimizer'")
+    load_named_optimizer_state(trainer.dense_optimizer, list(trainer.dense_parameters), saved["dense"])
+    trainer.sparse_optimizer.load_state_dict(saved["sparse"])
+    if loaded.schedules is not None:
+        trainer.schedule.load_state_dict(loaded.schedules)
+
+
+def _mark_base(trainer: "Trainer") -> None:
+    for table in trainer.tables.values():
+        table.mark_base()

@@ -1,0 +1,65 @@
+"""One seed for torch, numpy and random; their states as something a checkpoint can hold; deterministic torch.
+
+Tables and readers need none of this: their randomness is a function of the seed and the id, step or epoch.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import deterministic
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices), numpy's global generator and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  models and samplers of users may draw from the global generator
+    random.seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of the global generators as tensors and plain values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+        "numpy": {
+            "kind": kind,
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the global generators back where `random_state` found them."""
+    torch.set_rng_state(state["torch"].clone())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([item.clone() for item in state["cuda"]])
+    saved = state["numpy"]
+    keys = saved["keys"].numpy().astype(np.uint32)
+    np.random.set_state((saved["kind"], keys, saved["position"], saved["has_gauss"], saved["cached"]))  # noqa: NPY002
+    saved = state["python"]
+    random.setstate((saved["version"], tuple(saved["words"].tolist()), saved["gauss"]))
+
+
+@contextmanager
+def deterministic_torch(enabled: bool) -> Iterator[None]:
+    """Let torch use only deterministic algorithms inside the block; the setting before comes back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = deterministic
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(enabled or before)
+    settings.fill_uninitialized_memory = False  # it costs a pass over every new tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled

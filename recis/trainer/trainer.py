@@ -1,0 +1,329 @@
+"""Train a model: one optimizer step, the loop around it, evaluation, prediction, and the run that can be resumed.
+
+    trainer = Trainer(config, out);  metrics = trainer.train()
+    Trainer(config, out, resume=True)      goes on behind the newest whole checkpoint as if nothing had happened
+
+The order of a step is that of `train_step`. After it come, in this order: an evaluation if one is due, the hooks, a
+checkpoint if one is due. Equal configs give equal bytes, whether or not a run was killed and resumed on its way.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis.checkpoint import Loaded, latest, list_checkpoints
+from recis.errors import ConfigError, RecisError
+from recis.features import FeatureEngine
+from recis.io.batch import Batch
+from recis.optim import SparseOptimizer, clip_grad_norm
+from recis.trainer import persist
+from recis.trainer.build import all_tables, build_model, find_collections, nonfinite_features, table_sets
+from recis.trainer.config import TrainConfig
+from recis.trainer.data import UNTIL_STOPPED, FromStart, StepStream
+from recis.trainer.hooks import Checkpoint, EarlyStop, Logger, call_hooks, check_hooks
+from recis.trainer.log import MetricsLog
+from recis.trainer.metric_set import MetricSet
+from recis.trainer.progress import Progress
+from recis.trainer.randomness import deterministic_torch, seed_everything
+from recis.trainer.run_folder import RunFolder
+from recis.trainer.serialize import to_json
+from recis.trainer.state import RunState
+
+
+class NonFiniteLossError(RecisError):
+    """The loss is NaN or infinite; nothing was updated in that step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step gave: the weighted mean loss (a scalar on the model's device) and the model's outputs."""
+
+    loss: Tensor
+    outputs: list[Any]
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: what to run.
+        out: the run's folder; None keeps nothing.
+        resume: go on with the run in `out`.
+        quiet: print no progress.
+        clock: seconds since 1970, for the manifest; for tests.
+
+    Attributes:
+        model: the module that is trained.
+        collections: its embedding collections.
+        tables: their tables by name.
+        state: where the run stands (see RunState).
+
+    Raises:
+        ConfigError: `out` holds something else, or a run with another config; a setting that does not fit the model.
+        CheckpointError: no checkpoint of the run is whole, or one does not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path | None = None,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if resume and out is None:
+            raise ConfigError("resume needs the folder of the run; give out")
+        self.config = config
+        self.clock = clock
+        check_hooks(config.hooks)
+        self.config_text = json.dumps(to_json(config), indent=1, allow_nan=False) + "\n"
+        self._folder = None if out is None else RunFolder(out, self.config_text, resume=resume)
+        seed_everything(config.seed)
+        self.model = build_model(config)
+        self.collections = find_collections(self.model)
+        self.table_sets = table_sets(self.collections)
+        self.tables = all_tables(self.table_sets)
+        self.dense_parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self._forward = torch.compile(self.model) if config.compile_dense else self.model
+        self.engine = FeatureEngine(config.features) if config.features else None
+        self.loss = config.loss
+        self.metrics = MetricSet(config.metrics, config.tasks)
+        self.dense_optimizer = config.dense_optimizer.build(self.dense_parameters.values())
+        self.sparse_optimizer = SparseOptimizer(self.collections)
+        self.schedule = build_schedule(config.schedule, (self.dense_optimizer, self.sparse_optimizer))
+        self.state = RunState(max_steps=config.max_steps, run=out, model=self.model, tables=self.tables)
+        self.stream: StepStream | None = None
+        self.reader_state: Any = None
+        self._eval_data = None if config.eval_data is None else FromStart(config.eval_data, self.engine)
+        self._saver = None if out is None else persist.make_saver(config, out)
+        self._log = MetricsLog(None if self._folder is None else self._folder.log_path)
+        self._hooks = self._make_hooks(quiet)
+        if resume and out is not None:
+            self._resume(out)
+        if self.state.checkpoint is None and config.init_from is not None:
+            persist.start_from(self, config.init_from)
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        """Make one optimizer update, in the order it happens, and return its loss and outputs.
+
+        Raises:
+            NonFiniteLossError: before anything is updated.
+        """
+        config, step = self.config, self.state.step + 1
+        self.model.train()
+        total_weight = torch.stack([batch.weights.sum() for batch in micro_batches]).sum()
+        total_weight = torch.where(total_weight > 0, total_weight, 1.0)  # nothing but empty batches: no gradient
+        self.dense_optimizer.zero_grad()
+        losses, outputs = [], []
+        for batch in micro_batches:
+            with self._autocast(batch.weights.device.type):
+                output = self._forward(batch)
+            output = _as_float(output)
+            loss = self.loss(output, batch) / total_weight
+            self._require_finite(loss, batch, step)
+            loss.backward()  # row gradients collect per table
+            losses.append(loss.detach())
+            outputs.append(output)
+            self.metrics.update(config.score(output), batch)
+        if config.clip_grad_norm is not None:
+            clip_grad_norm(self.dense_parameters.values(), self.collections, config.clip_grad_norm)
+        self.dense_optimizer.step()
+        self.sparse_optimizer.step()
+        self.schedule.step()
+        for collection in self.collections:  # counters, then eviction
+            collection.end_step(step)
+        mean_loss = torch.stack(losses).sum()
+        self._advance(step, mean_loss, sum(batch.num_samples for batch in micro_batches))
+        return StepOutput(mean_loss, outputs)
+
+    def train(self) -> dict[str, float]:
+        """Train to the end of the run and return the values of the last evaluation.
+
+        Ends after `max_steps` updates, at the end of the data, or when a hook says so. The last state is evaluated and
+        saved. A run that had ended before returns at once.
+        """
+        config, state = self.config, self.state
+        try:
+            with deterministic_torch(config.deterministic):
+                self._open_stream()
+                call_hooks(self._hooks, "on_train_start", state)
+                for micro_batches in self._steps():
+                    self.train_step(micro_batches)
+                    if config.eval_every_steps is not None and state.step % config.eval_every_steps == 0:
+                        self._evaluate_now()
+                    call_hooks(self._hooks, "on_step_end", state)
+                    self._note_checkpoint(wait=False)
+                if state.last_eval_step != state.step:
+                    self._evaluate_now()
+                call_hooks(self._hooks, "on_train_end", state)
+                self._note_checkpoint(wait=True)
+            if config.after is not None:
+                config.after(self, state.run)
+        finally:
+            self.close()
+        return dict(state.metrics)
+
+    def evaluate(self, data: Any = None) -> dict[str, float]:
+        """Return loss and metrics over data from its start (None: the config's eval_data); trains nothing.
+
+        Raises:
+            ConfigError: there is no data to evaluate on.
+        """
+        source = self._eval_data if data is None else FromStart(data, self.engine)
+        if source is None:
+            raise ConfigError("nothing to evaluate on: give data, or set eval_data in the TrainConfig")
+        metrics = MetricSet(self.config.metrics, self.config.tasks)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        weight_sum = torch.zeros((), dtype=torch.float64)
+        for batch, output in self._outputs(source):
+            loss_sum += self.loss(output, batch).double().cpu()
+            weight_sum += batch.weights.sum().double().cpu()
+            metrics.update(self.config.score(output), batch)
+        return {"loss": float(loss_sum / weight_sum), **metrics.compute()}
+
+    def predict(self, data: Any) -> Iterator[Tensor]:
+        """Yield the scores [B, T] of data, batch by batch in the order of its rows (files sorted by path)."""
+        for _, output in self._outputs(FromStart(data, self.engine)):
+            scores = self.config.score(output).float()
+            yield scores.unsqueeze(1) if scores.ndim == 1 else scores
+
+    def load(self, path: Path) -> Loaded:
+        """Load the weights of a checkpoint, or of the newest whole one of a run: for evaluation and prediction."""
+        return persist.load_weights(self, path)
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the folder of the best checkpoint so far; None where nothing was monitored or kept."""
+        if self.state.run is None or self.state.best_step is None:
+            return None
+        found = [path for path in list_checkpoints(self.state.run) if path.name.endswith(f"{self.state.best_step:09d}")]
+        return found[0] if found else None
+
+    def close(self) -> None:
+        """Finish a save under way, close files and threads, and let other processes into the run folder."""
+        try:
+            if self._saver is not None:
+                self._saver.close()
+        finally:
+            if self.stream is not None:
+                self.stream.close()
+                self.stream = None
+            self._log.close()
+            if self._folder is not None:
+                self._folder.close()
+
+    # ---- the loop's parts
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step that is left; none is taken from the reader beyond the last."""
+        assert self.stream is not None
+        if self._finished():
+            return
+        for micro_batches in self.stream.steps():
+            yield micro_batches
+            if self._finished():
+                return
+
+    def _finished(self) -> bool:
+        max_steps = self.config.max_steps
+        return self.state.stop_reason is not None or (max_steps is not None and self.state.step >= max_steps)
+
+    def _open_stream(self) -> None:
+        config = self.config
+        epochs = config.epochs
+        if epochs is None and config.max_steps is not None:
+            epochs = UNTIL_STOPPED
+        self.stream = StepStream(config.train_data, self.engine, micro_batches=config.accumulate_steps, epochs=epochs)
+        if self.reader_state is not None:
+            self.stream.load_state_dict(self.reader_state)
+
+    def _advance(self, step: int, loss: Tensor, num_samples: int) -> None:
+        state = self.state
+        state.step = step
+        state.samples += num_samples
+        state.loss_tensor = loss
+        state.window_loss += loss.double().cpu()
+        state.window_steps += 1
+
+    def _evaluate_now(self) -> None:
+        """Evaluate what the config asks for, if it asks, and tell the hooks."""
+        state, metrics = self.state, {}
+        if self._eval_data is not None:
+            metrics.update(self.evaluate())
+        if self.config.evaluate is not None:
+            metrics.update(self.config.evaluate(self))
+        state.last_eval_step = state.step
+        if metrics:
+            state.metrics = metrics
+            call_hooks(self._hooks, "on_evaluate_end", state)
+
+    def _outputs(self, source: FromStart) -> Iterator[tuple[Batch, Any]]:
+        self.model.eval()
+        with torch.no_grad():
+            for batch in source.batches():
+                with self._autocast(batch.weights.device.type):
+                    output = self._forward(batch)
+                yield batch, _as_float(output)
+
+    def _autocast(self, device: str) -> torch.autocast:
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16_autocast)
+
+    def _require_finite(self, loss: Tensor, batch: Batch, step: int) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        found = nonfinite_features(self.collections, batch)
+        where = f"not finite: {', '.join(found)}" if found else "rows, dense features and labels are finite"
+        kept = self.state.checkpoint
+        raise NonFiniteLossError(
+            f"step {step}: the loss is {float(loss)}; {where}; nothing was updated. "
+            f"Last good checkpoint: {kept if kept is not None else 'none'}; lower the learning rate or set clip_grad_norm"
+        )
+
+    # ---- the run folder
+
+    def _make_hooks(self, quiet: bool) -> list[Any]:
+        config = self.config
+        hooks: list[Any] = []
+        if config.monitor is not None:
+            hooks.append(EarlyStop(config.monitor))
+        hooks.append(Logger(self._log, every_steps=config.log_every_steps, metrics=self.metrics))
+        if not quiet:
+            hooks.append(Progress(every_steps=config.log_every_steps))
+        hooks += config.hooks
+        if self._saver is not None:
+            hooks.append(Checkpoint(every_steps=config.save_every_steps, save=self._save))
+        return hooks
+
+    def _save(self) -> None:
+        assert self._saver is not None
+        self._note_checkpoint(wait=True)
+        self._log.sync()
+        protect = () if self.state.best_step is None else (self.state.best_step,)
+        self._saver.save(persist.boundary(self), protect=protect)
+        self._note_checkpoint(wait=False)
+
+    def _note_checkpoint(self, *, wait: bool) -> None:
+        """Tell the hooks when a checkpoint has become whole."""
+        if self._saver is None:
+            return
+        whole = self._saver.wait() if wait else self._saver.poll()
+        if whole is not None:
+            self.state.checkpoint = whole
+            call_hooks(self._hooks, "on_checkpoint", self.state)
+
+    def _resume(self, run: Path) -> None:
+        newest = latest(run)
+        if newest is not None:
+            self.reader_state = persist.restore(self, newest)
+        self._log.cut_back(self.state.step)
+
+
+def _as_float(output: Any) -> Any:
+    """Return logits of an autocast model in float32; outputs of other kinds as they are."""
+    return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output

@@ -1,0 +1,29 @@
+"""Set-up of every test: fixed seeds, Triton's interpreter where there is no GPU, and the folder of the public data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read by triton when it is imported, so it is set before any test is
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of the public data, or skip: the run's summary counts and names what was skipped."""
+    folder = os.environ.get("RECIS_DATA")
+    if not folder:
+        pytest.skip("RECIS_DATA is not set: it names the folder of the public data")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"RECIS_DATA={folder} is not a folder")
+    return path

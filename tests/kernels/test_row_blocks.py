@@ -1,0 +1,142 @@
+"""Where the parts of a row lie, and that growth moves none of them."""
+
+import pytest
+import torch
+
+from recis_kernels.row_blocks import RowBlocks, RowLayout
+
+LAYOUTS = [
+    RowLayout(1),
+    RowLayout(64, torch.float32, (("h", 1),)),
+    RowLayout(5, torch.bfloat16, (("m", 3), ("v", 2)), clock=True),
+    RowLayout(16, torch.bfloat16, (("m", 16), ("v", 16))),
+]
+
+
+def numbered(blocks: RowBlocks, rows: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    """Return a field set of the right shapes whose values all differ, exact in bfloat16 up to 256."""
+    shapes = {name: values.shape for name, values in blocks.read(rows).items()}
+    fields = {}
+    for name, (_, _, dtype) in blocks.layout.fields().items():
+        count = shapes[name].numel()
+        fields[name] = (torch.arange(count) % 200 + start).view(shapes[name]).to(dtype)
+    return fields
+
+
+def assert_fields_equal(got, want):
+    assert set(got) == set(want)
+    for name, values in want.items():
+        assert got[name].dtype == values.dtype
+        assert got[name].equal(values), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_is_aligned_and_has_no_overlap(layout):
+    taken = []
+    for offset, width, dtype in layout.fields().values():
+        taken.append((offset, offset + max(width, 1) * dtype.itemsize))
+        assert offset % dtype.itemsize == 0
+    assert all(stop <= start for (_, stop), (start, _) in zip(taken[:-1], taken[1:], strict=True))
+    assert taken[-1][1] <= layout.row_bytes < taken[-1][1] + 32
+    assert layout.row_bytes % 32 == 0
+    assert layout.id_offset % 8 == 0
+
+
+def test_offsets_by_hand():
+    layout = RowLayout(64, torch.float32, (("m", 64), ("h", 1)), clock=True)
+    assert layout.state_offset("m") == 256
+    assert layout.state_offset("h") == 512
+    assert (layout.id_offset, layout.last_seen_offset, layout.count_offset, layout.clock_offset) == (520, 528, 532, 536)
+    assert layout.row_bytes == 544
+    assert RowLayout(64).row_bytes == 288
+    assert RowLayout(3, torch.bfloat16, (("h", 1),)).state_offset("h") == 8  # 6 bytes of weights, padded to 4
+    assert RowLayout(2).clock_offset == -1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_write_then_read_touches_nothing_else(layout):
+    blocks = RowBlocks(layout, shift=2)
+    blocks.grow(23)
+    assert blocks.capacity == 24
+    rows = torch.tensor([17, 0, 23, 5])
+    fields = numbered(blocks, rows, 1)
+    blocks.write(rows, fields)
+    assert_fields_equal(blocks.read(rows), fields)
+    others = torch.tensor([row for row in range(24) if row not in rows.tolist()])
+    assert all(not values.any() for values in blocks.read(others).values())
+    blocks.write(rows[:1], {"count": torch.tensor([99], dtype=torch.int32)})
+    fields["count"][0] = 99
+    assert_fields_equal(blocks.read(rows), fields)
+    assert blocks.read(rows, ("id",))["id"].equal(fields["id"])
+
+
+def test_rows_past_a_block_keep_address_and_content():
+    blocks = RowBlocks(RowLayout(4), shift=10)
+    blocks.grow(2048)
+    rows = torch.arange(2048)
+    values = torch.randn(2048, 4)
+    blocks.write(rows, {"weight": values})
+    before = blocks.pointers.clone()
+    blocks.grow(2049)
+    assert blocks.capacity == 3072
+    assert blocks.pointers[:2].equal(before)
+    assert blocks.pointers.tolist() == [block.data_ptr() for block in blocks.blocks]
+    assert all(pointer % 64 == 0 for pointer in blocks.pointers.tolist())
+    assert blocks.read(rows)["weight"].equal(values)
+    blocks.grow(1)
+    assert blocks.capacity == 3072
+
+
+def test_values_of_other_strides_are_taken():
+    blocks = RowBlocks(RowLayout(3), shift=3)
+    blocks.grow(8)
+    values = torch.randn(3, 16, requires_grad=True).t()[::2]
+    assert not values.is_contiguous()
+    blocks.write(torch.arange(16)[::2] // 2, {"weight": values})
+    assert blocks.read(torch.arange(8))["weight"].equal(values.detach())
+
+
+def test_rows_beyond_two_to_the_31_bytes_and_floats():
+    blocks = RowBlocks(RowLayout(64, state=(("m", 64), ("v", 64))), shift=22)  # 800 B a row: 3.3 GB of address space
+    blocks.grow(1 << 22)  # mapped lazily: only the pages that are written exist
+    rows = torch.tensor([0, (1 << 22) - 1, (1 << 31) // 800 + 1])
+    values = torch.randn(3, 64)
+    blocks.write(rows, {"weight": values})
+    assert blocks.read(rows)["weight"].equal(values)
+    last = blocks.blocks[0][-1][:256].view(torch.float32)
+    assert last.equal(values[1])
+
+
+def test_empty_and_errors():
+    blocks = RowBlocks(RowLayout(2, state=(("h", 1),)), shift=0)
+    none = torch.tensor([], dtype=torch.int64)
+    assert blocks.read(none)["weight"].shape == (0, 2)
+    blocks.write(none, {"weight": torch.empty(0, 2)})
+    blocks.grow(3)
+    with pytest.raises(ValueError, match=r"rows must lie in \[0, 3\); got 1..3"):
+        blocks.read(torch.tensor([1, 3]))
+    with pytest.raises(ValueError, match=r"got -1..0"):
+        blocks.write(torch.tensor([0, -1]), {})
+    with pytest.raises(ValueError, match="rows must be \\[N\\] int64"):
+        blocks.read(torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="no field 'bias'"):
+        blocks.read(torch.tensor([1]), ("bias",))
+    with pytest.raises(ValueError, match=r"weight must be \(1, 2\) torch.float32; got \(2,\)"):
+        blocks.write(torch.tensor([1]), {"weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="shift must be 0..31"):
+        RowBlocks(RowLayout(2), shift=32)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RowLayout(0), "dim must be at least 1; got 0"),
+        (lambda: RowLayout(2, torch.float64), "torch.float32 or torch.bfloat16; got torch.float64"),
+        (lambda: RowLayout(2, state=(("m", 2), ("m", 2))), "state names must differ"),
+        (lambda: RowLayout(2, state=(("m", 0),)), "state 'm' must be at least 1 wide"),
+        (lambda: RowLayout(2, state=(("m", 2),)).state_offset("v"), "no state 'v'"),
+    ],
+)
+def test_impossible_layouts(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
