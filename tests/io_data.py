@@ -70,11 +70,11 @@ def make_config(path: Path | str, **changes: Any) -> DataConfig:
 
 def rows_of(batch: Any) -> list[int]:
     """The row numbers in a batch, in order."""
-    return batch.columns["row"].values.tolist()
+    return batch.jagged("row").flat_values.tolist()
 
 
 def read_all(
-    config: DataConfig, *, state: Any = None, stop: int | None = None, **place: int
+    config: DataConfig, *, state: Any = None, stop: int | None = None, **place: Any
 ) -> tuple[list[list[int]], Any]:
     """Row numbers per batch, up to `stop` batches, and the state behind the last one after a trip through JSON."""
     batches: list[list[int]] = []
@@ -117,7 +117,7 @@ def read_and_save(folder: str, out: str, world_size: int) -> None:
     (Path(out) / "finished").touch()
 
 
-def read_steps(config: DataConfig, **place: int) -> list[list[int]]:
+def read_steps(config: DataConfig, **place: Any) -> list[list[int]]:
     """Row numbers per optimizer step of one rank, its micro-batches joined."""
     steps: list[list[int]] = [[]]
     with Reader(config, **place) as reader:

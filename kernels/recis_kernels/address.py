@@ -28,6 +28,7 @@ __all__ = [
     "store_uint16",
     "uint8_at",
     "uint16_at",
+    "uint32_at",
 ]
 
 
@@ -99,6 +100,12 @@ def float32_at(address, num_floats):
 def uint16_at(address, num_words):
     """Return the uint16 array (bf16 bits) of num_words that starts at `address`; shares the memory."""
     return numba.carray(_as_pointer(address), (num_words,), np.uint16)
+
+
+@njit
+def uint32_at(address, num_words):
+    """Return the uint32 array of num_words that starts at `address`; shares the memory."""
+    return numba.carray(_as_pointer(address), (num_words,), np.uint32)
 
 
 @njit

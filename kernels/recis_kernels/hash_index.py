@@ -44,6 +44,11 @@ class HashIndex:
         self._slots: list[Tensor] = []
         self._rows = torch.zeros(0, probe.COLUMNS, dtype=torch.int64)
 
+    def __reduce__(self) -> tuple:
+        raise TypeError(
+            "a HashIndex holds addresses and cannot be copied or pickled; insert what export() gives into another"
+        )
+
     @property
     def num_segments(self) -> int:
         return len(self._slots)
@@ -224,9 +229,10 @@ def find_or_insert(
         order = order_by_segment_and_id(unique.ids, unique.segments, index.num_segments)
         new_ids, new_segments = unique.ids[order], unique.segments[order]
         new_rows = allocate(new_ids, new_segments)
-        insert(index, new_ids, segments if all_of_one else new_segments, new_rows)
         rows_of_unique = torch.empty_like(new_rows)
         rows_of_unique[order] = new_rows
+        # in the order of `unique`, which is nearly that of the slots, so that the insert walks memory forwards
+        insert(index, unique.ids, segments if all_of_one else unique.segments, rows_of_unique)
         rows[absent] = rows_of_unique[unique.inverse]
     return rows
 
@@ -322,9 +328,9 @@ def _reference_insert(index: HashIndex, ids: Tensor, segments: Tensor, rows: Ten
             index.table[segment, probe.SIDE] = row
             continue
         slot, found = _reference_slot(index, row_id, segment)
-        was_live = found and int(slot[1]) >= 0
-        index.table[segment, probe.LIVE] += not was_live
-        index.table[segment, probe.DEAD] -= found and not was_live
+        if not found or int(slot[1]) < 0:
+            index.table[segment, probe.LIVE] += 1
+            index.table[segment, probe.DEAD] -= int(found)
         slot[0], slot[1] = row_id, row
 
 

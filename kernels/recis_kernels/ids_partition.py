@@ -16,7 +16,7 @@ from torch import Tensor
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import hash64, hash64_one
 from recis_kernels.threads import run_parts, split
-from recis_kernels.unique_ids import unique_ids
+from recis_kernels.unique_ids import argsort_ids, unique_ids
 
 NUM_SLICES = 1 << 16
 Rule = Literal["hash", "mod"]
@@ -95,7 +95,7 @@ def _reference(ids: Tensor, bounds: Tensor, rule: Rule) -> Partition:
 def _numba(ids: Tensor, bounds: Tensor, rule: Rule) -> Partition:
     unique = unique_ids(ids)
     distinct = unique.ids.numpy()
-    by_id = np.argsort(distinct ^ _SIGN)  # the flipped sign bit makes signed order unsigned
+    by_id = argsort_ids(distinct ^ _SIGN)  # the flipped sign bit makes signed order unsigned
     starts = np.zeros(NUM_SLICES + 1, np.int64)
     ordered, place = np.empty_like(distinct), np.empty(len(distinct), np.int32)
     _order_by_slice(distinct, by_id, rule == "hash", starts, ordered, place)

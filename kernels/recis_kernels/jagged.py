@@ -21,9 +21,13 @@ from recis_kernels.threads import run_parts, split
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """Return the running sums [B + 1] of lengths [B], from 0, in the dtype of lengths."""
     _check_index(lengths, "lengths")
-    offsets = lengths.new_zeros(lengths.numel() + 1)
-    torch.cumsum(lengths, 0, out=offsets[1:])
-    return offsets
+    if _on_host(lengths):
+        offsets = lengths.new_empty(lengths.numel() + 1)
+        target = offsets.numpy()
+        target[0] = 0
+        np.cumsum(lengths.numpy(), out=target[1:])
+        return offsets
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
 def offsets_to_lengths(offsets: Tensor) -> Tensor:
@@ -51,7 +55,21 @@ def merge_offsets(parts: Sequence[Tensor]) -> Tensor:
         check_offsets_form(part)
     if len(parts) == 1:
         return parts[0]
+    if all(_on_host(part) for part in parts):
+        return _merge_on_host(parts)
     return lengths_to_offsets(torch.cat([part.diff() for part in parts]))
+
+
+def _merge_on_host(parts: Sequence[Tensor]) -> Tensor:
+    dtype = torch.int64 if any(part.dtype == torch.int64 for part in parts) else torch.int32
+    merged = torch.empty(sum(part.numel() - 1 for part in parts) + 1, dtype=dtype)
+    target, at = merged.numpy(), 0
+    target[0] = 0
+    for part in parts:
+        source = part.numpy()
+        np.add(source[1:], target[at], out=target[at + 1 : at + source.size])
+        at += source.size - 1
+    return merged
 
 
 def permute_bags(values: Tensor, offsets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +138,11 @@ def check_offsets_form(offsets: Tensor) -> None:
     """Raise ValueError unless offsets is a non-empty 1-D int32 or int64 tensor."""
     if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"offsets must be [B + 1] int64 or int32; got {tuple(offsets.shape)} {offsets.dtype}")
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether numpy may do the work: one thread is faster than waking OpenMP's for a batch's worth of offsets."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_index(lengths: Tensor, name: str) -> None:

@@ -1,6 +1,7 @@
 """Sixteen floats at a time: the steps of a row update that numba does not turn into vector instructions by itself.
 
     square_sum       lane j = x[j]^2 + x[16 + j]^2 + ...;  sum = lanes folded in halves: 16 -> 8 -> 4 -> 2 -> 1
+    lane_sum         the same of x itself
     scale_is_finite  x *= scale; is all of it finite?
 
 A plain fp32 sum must run one element after another (fastmath, which would reorder it, is banned because results must be
@@ -17,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-__all__ = ["NUM_LANES", "root", "scale_is_finite", "square_sum", "square_sum_reference"]
+__all__ = ["NUM_LANES", "lane_sum", "scale_is_finite", "square_root", "square_sum", "square_sum_reference"]
 
 NUM_LANES = 16
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -37,8 +38,8 @@ def square_sum_reference(rows: Tensor) -> Tensor:
     return lanes[:, 0]
 
 
-def _pointers(builder: Any, address: Any, size: Any) -> Any:
-    """Run the caller's with-block for every sixteen floats at `address`, with a pointer to them."""
+def _steps(builder: Any, size: Any) -> Any:
+    """Loop over the distances in bytes of every sixteen of `size` floats."""
     return cgutils.for_range_slice(builder, _INT64(0), builder.mul(size, _INT64(4)), _INT64(4 * NUM_LANES))
 
 
@@ -59,30 +60,41 @@ def _halves(builder: Any, lanes: Any, half: int) -> Any:
     return builder.fadd(low, high)
 
 
-@intrinsic
-def square_sum(typingctx, address, size):
-    """Return the sum of squares of `size` floats at an address; size a multiple of 16 (pad with zeros)."""
+def _summed(builder: Any, args: Any, *, square: bool) -> Any:
+    lanes = cgutils.alloca_once_value(builder, ir.Constant(_LANES, [0.0] * NUM_LANES))
+    with _steps(builder, args[1]) as (distance, _):
+        part = _load(builder, _pointer(builder, args[0], distance))
+        term = builder.fmul(part, part) if square else part
+        builder.store(builder.fadd(builder.load(lanes), term), lanes)
+    total = builder.load(lanes)
+    half = NUM_LANES // 2
+    while half:
+        total = _halves(builder, total, half)
+        half //= 2
+    return builder.extract_element(total, _INT32(0))
+
+
+def _lane_sum(typingctx, address, size):
     del typingctx
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        lanes = cgutils.alloca_once_value(builder, ir.Constant(_LANES, [0.0] * NUM_LANES))
-        with _pointers(builder, *args) as (distance, _):
-            part = _load(builder, _pointer(builder, args[0], distance))
-            builder.store(builder.fadd(builder.load(lanes), builder.fmul(part, part)), lanes)
-        total = builder.load(lanes)
-        half = NUM_LANES // 2
-        while half:
-            total = _halves(builder, total, half)
-            half //= 2
-        return builder.extract_element(total, _INT32(0))
+        return _summed(builder, args, square=False)
 
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic
-def scale_is_finite(typingctx, address, size, scale):
-    """Multiply `size` floats (a multiple of 16) at an address by scale; return whether all products are finite."""
+def _square_sum(typingctx, address, size):
+    del typingctx
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        return _summed(builder, args, square=True)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+def _scale_is_finite(typingctx, address, size, scale):
     del typingctx
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -91,7 +103,7 @@ def scale_is_finite(typingctx, address, size, scale):
         factor = builder.shuffle_vector(factor, factor, ir.Constant(_BITS, [0] * NUM_LANES))
         exponent = ir.Constant(_BITS, [0x7F800000] * NUM_LANES)
         bad = cgutils.alloca_once_value(builder, ir.Constant(_FLAGS, [0] * NUM_LANES))
-        with _pointers(builder, args[0], args[1]) as (distance, _):
+        with _steps(builder, args[1]) as (distance, _):
             pointer = _pointer(builder, args[0], distance)
             product = builder.fmul(_load(builder, pointer), factor)
             builder.store(product, pointer).align = 4
@@ -103,9 +115,7 @@ def scale_is_finite(typingctx, address, size, scale):
     return types.boolean(types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic
-def root(typingctx, value):
-    """Return the correctly rounded square root of one float; np.sqrt of a single float is a call into libm."""
+def _square_root(typingctx, value):
     del typingctx
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -113,3 +123,16 @@ def root(typingctx, value):
         return builder.call(builder.module.declare_intrinsic("llvm.sqrt", [_FLOAT]), args)
 
     return types.float32(types.float32), codegen
+
+
+lane_sum: Any = intrinsic(_lane_sum)
+"""lane_sum(address, size): sum of `size` floats (a multiple of 16, pad with zeros) at an address; numba loops only."""
+
+square_sum: Any = intrinsic(_square_sum)
+"""square_sum(address, size): the same of their squares."""
+
+scale_is_finite: Any = intrinsic(_scale_is_finite)
+"""scale_is_finite(address, size, scale): multiply `size` floats (a multiple of 16) by scale; are all products finite?"""
+
+square_root: Any = intrinsic(_square_root)
+"""square_root(value): correctly rounded square root of one float; np.sqrt of a single float is a call into libm."""

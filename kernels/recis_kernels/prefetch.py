@@ -29,9 +29,7 @@ def _emit(context: Any, builder: Any, address: Any, access: int) -> Any:
     return context.get_dummy_value()
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Load the cache line at `address` (int64) for reading; numba loops only."""
+def _read_ahead(typingctx, address):
     del typingctx
 
     def codegen(context, builder, signature, args):
@@ -41,9 +39,7 @@ def prefetch(typingctx, address):
     return types.void(types.int64), codegen
 
 
-@intrinsic
-def prefetch_write(typingctx, address):
-    """Load the cache line at `address` (int64) for writing; numba loops only."""
+def _write_ahead(typingctx, address):
     del typingctx
 
     def codegen(context, builder, signature, args):
@@ -51,3 +47,10 @@ def prefetch_write(typingctx, address):
         return _emit(context, builder, args[0], _WRITE)
 
     return types.void(types.int64), codegen
+
+
+prefetch: Any = intrinsic(_read_ahead)
+"""prefetch(address): load the cache line at `address` (int64) for reading; numba loops only."""
+
+prefetch_write: Any = intrinsic(_write_ahead)
+"""prefetch_write(address): load the cache line at `address` (int64) for writing; numba loops only."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.columns import check_columns, column_of_value
+from recis_kernels.columns import check_columns, column_of_value, run_columns
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.jagged import as_words, bag_of_value, check_offsets_form, lengths_to_offsets
 from recis_kernels.threads import run_parts, split
@@ -56,7 +57,7 @@ def ragged_truncate(
     for drop in drops:
         if drop not in ("left", "right"):
             raise ValueError(f'drop must be "left" or "right"; got {drop!r}')
-    version = choose(impl, offsets, torch=_truncate_torch, reference=_truncate_reference)
+    version = choose(impl, offsets, numba=_truncate_numba, torch=_truncate_torch, reference=_truncate_reference)
     return version(offsets, row_offsets, keeps, drops)
 
 
@@ -147,6 +148,18 @@ def _truncate_torch(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence
     return Cut(offsets[:-1] + dropped * from_left, lengths - dropped, dropped, missing)
 
 
+def _truncate_numba(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], drops: Sequence[Drop]) -> Cut:
+    fields = torch.empty(4, offsets.numel() - 1, dtype=torch.int64)
+    ends, target = offsets.numpy(), fields.numpy()
+    run_columns(
+        lambda column, *part: _cut_rows(ends, target, keeps[column], drops[column] == "left", *part),
+        fields.shape[1],
+        row_offsets,
+        min_items=32768,
+    )
+    return Cut(*fields.unbind(0))
+
+
 def _runs_reference(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int) -> Tensor:
     runs = [values[start : start + size] for start, size in zip(starts.tolist(), lengths.tolist(), strict=True)]
     return torch.cat([values[:0], *runs])
@@ -168,6 +181,18 @@ def _runs_numba(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int)
     ends = lengths_to_offsets(lengths).numpy()
     run_parts(lambda start, stop: _copy_runs(source, target, firsts, ends, width, start, stop), split(starts.numel()))
     return out
+
+
+@njit
+def _cut_rows(ends, target, keep, from_left, start, stop):
+    for row in range(start, stop):
+        first = np.int64(ends[row])
+        length = np.int64(ends[row + 1]) - first
+        dropped = max(length - keep, 0)
+        target[0, row] = first + dropped if from_left else first
+        target[1, row] = length - dropped
+        target[2, row] = dropped
+        target[3, row] = max(keep - length, 0)
 
 
 @njit

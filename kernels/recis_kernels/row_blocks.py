@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recis_kernels.address import uint8_at
+from recis_kernels.address import uint16_at
 from recis_kernels.dispatch import njit
 from recis_kernels.host_memory import zeroed_bytes
+from recis_kernels.prefetch import prefetch, prefetch_write
 from recis_kernels.threads import run_parts, split
 
 ROW_ALIGNMENT = 32
 BLOCK_BYTES = 32 << 20  # aim of the default block size; a block holds a power-of-two count of rows
+_AHEAD = 12  # rows ahead for which cache lines are asked for
 _ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
 
@@ -136,6 +138,9 @@ class RowBlocks:
         self.blocks: list[Tensor] = []
         self.pointers = torch.empty(0, dtype=torch.int64)
 
+    def __reduce__(self) -> tuple:
+        raise TypeError("RowBlocks hold addresses and cannot be copied or pickled; write() what read() gives elsewhere")
+
     @property
     def capacity(self) -> int:
         return len(self.blocks) << self.shift
@@ -204,12 +209,12 @@ class RowBlocks:
         if self.device.type != "cpu":
             self._copy_blockwise(rows, values, offset, num_bytes, to_rows=to_rows)
             return
-        flat = values.view(-1).view(torch.uint8)  # numpy has no bfloat16
-        pointers, where, data = self.pointers.numpy(), rows.numpy(), flat.numpy()
+        words = values.view(-1).view(torch.uint8).view(torch.uint16)  # numpy has no bfloat16
+        pointers, where, data = self.pointers.numpy(), rows.numpy(), words.numpy()
 
         def loop(start: int, stop: int) -> None:
-            args = (pointers, self.shift, self.layout.row_bytes, offset, num_bytes, where, data, start, stop)
-            (_scatter_bytes if to_rows else _gather_bytes)(*args)
+            args = (pointers, self.shift, self.layout.row_bytes, offset, num_bytes // 2, where, data, start, stop)
+            (_scatter_words if to_rows else _gather_words)(*args)
 
         run_parts(loop, split(rows.numel()))
 
@@ -225,19 +230,32 @@ class RowBlocks:
                 data[picked] = part[within[picked]]
 
 
-@njit
-def _gather_bytes(pointers, shift, row_bytes, offset, num_bytes, rows, out, start, stop):
-    mask = (1 << shift) - 1
-    for n in range(start, stop):
-        row = rows[n]
-        source = uint8_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_bytes)
-        out[n * num_bytes : (n + 1) * num_bytes] = source
+# Fields are copied as 16-bit words: every field is a whole count of them, and the compiler widens the inner loops to vectors.
 
 
 @njit
-def _scatter_bytes(pointers, shift, row_bytes, offset, num_bytes, rows, values, start, stop):
-    mask = (1 << shift) - 1
+def _gather_words(pointers, shift, row_bytes, offset, num_words, rows, out, start, stop):
+    mask, last = (1 << shift) - 1, rows.size - 1
     for n in range(start, stop):
+        ahead = rows[min(n + _AHEAD, last)]
+        soon = pointers[ahead >> shift] + (ahead & mask) * row_bytes + offset
+        for line in range(0, 2 * num_words, 64):
+            prefetch(soon + line)
         row = rows[n]
-        target = uint8_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_bytes)
-        target[:] = values[n * num_bytes : (n + 1) * num_bytes]
+        source = uint16_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_words)
+        for k in range(num_words):
+            out[n * num_words + k] = source[k]
+
+
+@njit
+def _scatter_words(pointers, shift, row_bytes, offset, num_words, rows, values, start, stop):
+    mask, last = (1 << shift) - 1, rows.size - 1
+    for n in range(start, stop):
+        ahead = rows[min(n + _AHEAD, last)]
+        soon = pointers[ahead >> shift] + (ahead & mask) * row_bytes + offset
+        for line in range(0, 2 * num_words, 64):
+            prefetch_write(soon + line)
+        row = rows[n]
+        target = uint16_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_words)
+        for k in range(num_words):
+            target[k] = values[n * num_words + k]

@@ -3,8 +3,8 @@
     sum[u] = sum over micro-batches, samples, features, positions p with inverse[p] == u of factors[p] * grad[bag of p]
 
 A lookup finds U distinct rows for L positions. Its views say how the positions were used (pooled into bags, or one vector
-each), and backward puts the upstream gradient into each view. Nothing of size [L, D] is made: contributions are
-listed per row (a counting sort) in ascending (micro-batch, sample, feature, position). The sum is a left fold in fp32 in that
+each), and backward puts the upstream gradient into each view. Nothing of size [L, D] is made: contributions are listed
+per row (a counting sort) in ascending (micro-batch, sample, feature, position). The sum is a left fold in fp32 in that
 order, starting from the first contribution, so it depends neither on threads nor on how a batch was cut into
 micro-batches. Cost: two passes over the positions for the lists, then the upstream rows once per position.
 """
@@ -12,6 +12,7 @@ micro-batches. Cost: two passes over the positions for the lists, then the upstr
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from recis_kernels.address import float32_at, load_float32, load_int32, load_int64
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
+from recis_kernels.lanes import NUM_LANES, square_sum
 from recis_kernels.prefetch import prefetch
 from recis_kernels.threads import run_parts, split
+from recis_kernels.unique_ids import unique_ids
 
 SOURCES_AHEAD = 8  # contributions ahead for which the gradient row is fetched
 CONTRIBUTIONS_PER_ROW = 4  # a row costs about as much as this many contributions; for even shares of threads
@@ -35,7 +38,7 @@ class RowGrad:
         inverse: [L] int32 or int64; position -> index into the lookup's distinct rows, -1 = no row (padding).
         offsets: [F * stride + 1] int64; bag n holds positions offsets[n] .. offsets[n + 1] - 1 of inverse.
         stride: samples B, at least 1 unless offsets has one entry.
-        factors: [L] float32, what each row was multiplied with when pooled; None = 1.
+        factors: float32, what the row of each position in a bag was multiplied with when pooled; None = 1.
         per_position: False: grad is [F * stride, D], one row per bag (pooled).
             True: grad is [L, D], one row per position (sequence and tile features).
         micro_batch: lookups of the same collection since the last update before this one: 0, 1, ... Views of equal
@@ -109,11 +112,11 @@ class GradLists:
         num_parts = len(split(work(num_rows), min_items=min_items))
         shares = [work(num_rows) * part // num_parts for part in range(1, num_parts)]
         bounds = [0, *(bisect_left(range(num_rows), share, key=work) for share in shares), num_rows]
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(pairwise(bounds))
 
 
 def merge_lookups(lookups: Sequence[PendingLookup]) -> PendingLookup:
-    """Return one lookup over the union of the rows, ascending: counts added, views pointed at the union.
+    """Return one lookup over the union of the rows: counts added, views pointed at the union.
 
     One lookup is returned as it is. Lookups of unequal scale get it through the factors of their views.
 
@@ -124,11 +127,12 @@ def merge_lookups(lookups: Sequence[PendingLookup]) -> PendingLookup:
         raise ValueError("merge_lookups needs at least one lookup; got none")
     if len(lookups) == 1:
         return lookups[0]
-    rows, index = torch.unique(torch.cat([lookup.rows for lookup in lookups]), return_inverse=True)
+    union = unique_ids(torch.cat([lookup.rows for lookup in lookups]))
+    rows, index = union.ids, union.inverse.long()
     table_of_row = torch.empty(rows.numel(), dtype=torch.int32)
-    table_of_row[index] = torch.cat([lookup.table_of_row for lookup in lookups]).to(torch.int32)
+    table_of_row[index] = torch.cat([lookup.table_of_row for lookup in lookups])
     counts = torch.zeros(rows.numel(), dtype=torch.int64)
-    counts.index_add_(0, index, torch.cat([lookup.counts for lookup in lookups]).to(torch.int64))
+    counts.index_add_(0, index, torch.cat([lookup.counts for lookup in lookups]).long())
     same_scale = len({lookup.scale for lookup in lookups}) == 1
     views = []
     for lookup, part in zip(lookups, index.split([lookup.rows.numel() for lookup in lookups]), strict=True):
@@ -153,11 +157,15 @@ def reduce_lookups(lookups: Sequence[PendingLookup], dim: int) -> PendingLookup:
     merged = merge_lookups(lookups)
     num_rows = merged.rows.numel()
     lists = list_grads(merged.views, num_rows, dim)
-    sums = _numba(merged.views, num_rows, dim, lists)
     reached = torch.from_numpy(np.diff(lists.starts) > 0)
-    inverse = torch.where(reached, torch.arange(num_rows), -1)
-    offsets = torch.arange(num_rows + 1)
-    view = RowGrad(inverse=inverse, offsets=offsets, stride=num_rows, per_position=True, grad=sums)
+    order = torch.arange(num_rows + 1)
+    view = RowGrad(
+        inverse=torch.where(reached, order[:-1], -1),
+        offsets=order,
+        stride=num_rows,
+        per_position=True,
+        grad=_sums(lists, dim),
+    )
     return PendingLookup(merged.rows, merged.table_of_row, merged.counts, [view], merged.scale)
 
 
@@ -188,16 +196,31 @@ def _reference(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
     return sums.float()
 
 
-def _numba(views: Sequence[RowGrad], num_rows: int, dim: int, lists: GradLists | None = None) -> Tensor:
-    lists = list_grads(views, num_rows, dim) if lists is None else lists
-    sums = torch.zeros(num_rows, dim, dtype=torch.float32)
-    sources, factors = lists.addresses
+def _numba(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
+    return _sums(list_grads(views, num_rows, dim), dim)
+
+
+def _sums(lists: GradLists, dim: int) -> Tensor:
+    sums = torch.zeros(lists.starts.size - 1, dim, dtype=torch.float32)
 
     def loop(start: int, stop: int) -> None:
-        _reduce_loop(lists.starts, sources, factors, sums.data_ptr(), dim, start, stop)
+        _reduce_loop(lists.starts, *lists.addresses, sums.data_ptr(), dim, start, stop)
 
     run_parts(loop, lists.parts(MIN_POSITIONS_PER_THREAD))
     return sums
+
+
+def row_square_sums(lookup: PendingLookup, dim: int) -> Tensor:
+    """Return the squared norm of each row's summed and scaled gradient, [U] float64; 0 where no row or no gradient is."""
+    lists = list_grads(lookup.views, lookup.rows.numel(), dim)
+    norms = torch.zeros(lookup.rows.numel(), dtype=torch.float64)
+    rows = lookup.rows.contiguous()
+
+    def loop(start: int, stop: int) -> None:
+        _square_loop(lists.starts, *lists.addresses, rows.numpy(), dim, norms.numpy(), start, stop)
+
+    run_parts(loop, lists.parts(MIN_POSITIONS_PER_THREAD))
+    return norms.mul_(lookup.scale**2)
 
 
 def list_grads(views: Sequence[RowGrad], num_rows: int, dim: int) -> GradLists:
@@ -284,10 +307,8 @@ def _check(view: RowGrad, num_rows: int, dim: int) -> None:
     if view.grad is None or tuple(view.grad.shape) != want or view.grad.dtype != torch.float32:
         got = None if view.grad is None else (tuple(view.grad.shape), view.grad.dtype)
         raise ValueError(f"grad must be {want} float32; got {got}")
-    if view.factors is not None and (view.factors.shape != view.inverse.shape or view.factors.dtype != torch.float32):
-        raise ValueError(
-            f"factors must be {tuple(view.inverse.shape)} float32; got {tuple(view.factors.shape)} {view.factors.dtype}"
-        )
+    if view.factors is not None and (view.factors.ndim != 1 or view.factors.dtype != torch.float32):
+        raise ValueError(f"factors must be [L] float32; got {tuple(view.factors.shape)} {view.factors.dtype}")
     if checks_enabled():
         _check_content(view, num_rows)
 
@@ -297,9 +318,7 @@ def _check_content(view: RowGrad, num_rows: int) -> None:
     if bool((offsets.diff() < 0).any()) or int(offsets[0]) < 0 or int(offsets[-1]) > inverse.numel():
         raise ValueError(f"offsets must ascend within 0..{inverse.numel()}; got {int(offsets[0])}..{int(offsets[-1])}")
     if inverse.numel() and not (int(inverse.min()) >= -1 and int(inverse.max()) < num_rows):
-        raise ValueError(
-            f"inverse must lie in -1..{num_rows - 1}; got {int(inverse.min())}..{int(inverse.max())}"
-        )
+        raise ValueError(f"inverse must lie in -1..{num_rows - 1}; got {int(inverse.min())}..{int(inverse.max())}")
 
 
 @njit
@@ -373,3 +392,15 @@ def _reduce_loop(starts, sources, factors, sums, dim, start, stop):
     end = starts[starts.size - 1]
     for u in range(start, stop):
         fold_row(starts[u], starts[u + 1], end, sources, factors, sums + 4 * dim * u, dim)
+
+
+@njit
+def _square_loop(starts, sources, factors, rows, dim, norms, start, stop):
+    end = starts[starts.size - 1]
+    padded = (dim + NUM_LANES - 1) // NUM_LANES * NUM_LANES
+    scratch = np.zeros(padded, np.float32)
+    g = scratch.ctypes.data
+    for u in range(start, stop):
+        if rows[u] >= 0 and starts[u + 1] > starts[u]:
+            fold_row(starts[u], starts[u + 1], end, sources, factors, g, dim)
+            norms[u] = square_sum(g, padded)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.address import float32_at, store_float32, store_int32, store_int64, uint16_at
+from recis_kernels.address import float32_at, store_float32, store_int32, store_int64, uint16_at, uint32_at
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import admission_stream, id_words, words
 from recis_kernels.philox_vector import COLUMNS, store_words
@@ -229,16 +229,16 @@ def _init_loop(
     rows, ids, keys, tables, stride, kind, a, b, bound, state, step, clock_s, start, stop,
 ):  # fmt: skip
     mask = (1 << shift) - 1
-    values = np.empty(dim, np.float32)
-    drawn = np.empty(-(-dim // COLUMNS) * COLUMNS, np.uint32)
+    values, drawn = np.empty(dim, np.float32), np.empty(-(-dim // COLUMNS) * COLUMNS, np.uint32)
+    values_at, drawn_at = np.int64(values.ctypes.data), np.int64(drawn.ctypes.data)
     for n in range(start, stop):
         base = pointers[rows[n] >> shift] + (rows[n] & mask) * row_bytes
         key = keys[tables[n * stride]]
         if is_bf16:
-            _fill(values, drawn, key, ids[n], kind, a, b, bound)
-            _round_to_bf16(values, uint16_at(base, dim))
+            _fill(values_at, drawn_at, dim, key, ids[n], kind, a, b, bound)
+            _round_to_bf16(values_at, base, dim)
         else:
-            _fill(float32_at(base, dim), drawn, key, ids[n], kind, a, b, bound)
+            _fill(base, drawn_at, dim, key, ids[n], kind, a, b, bound)
         for k in range(state.shape[0]):
             store_float32(base + state_start + 4 * k, state[k])
         store_int64(base + id_offset, ids[n])
@@ -251,29 +251,33 @@ def _init_loop(
 @njit
 def _values_loop(out, ids, keys, tables, stride, kind, a, b, bound, start, stop):
     drawn = np.empty(-(-out.shape[1] // COLUMNS) * COLUMNS, np.uint32)
+    dim, drawn_at, out_at = out.shape[1], np.int64(drawn.ctypes.data), np.int64(out.ctypes.data)
     for n in range(start, stop):
-        _fill(out[n], drawn, keys[tables[n * stride]], ids[n], kind, a, b, bound)
+        _fill(out_at + 4 * n * dim, drawn_at, dim, keys[tables[n * stride]], ids[n], kind, a, b, bound)
 
 
 @njit
-def _fill(values, drawn, key, row_id, kind, a, b, bound):
-    """Write the initial values of one row; a, b are mid and half of a uniform; drawn takes the row's words."""
+def _fill(values_at, drawn_at, dim, key, row_id, kind, a, b, bound):
+    """Write the dim initial float32 of one row; a, b are mid and half of a uniform; drawn takes the row's words.
+
+    Addresses, not arrays: numba counts references of an array it passes on, two atomic operations per row.
+    """
+    values, drawn = float32_at(values_at, dim), uint32_at(drawn_at, dim + 1)
     if kind == 0:
-        for column in range(values.shape[0]):
+        for column in range(dim):
             values[column] = np.float32(a)
         return
-    address = np.int64(drawn.ctypes.data)
-    for first in range(0, values.shape[0], COLUMNS):
-        store_words(key, row_id, first // 4, 0, address + 4 * first)
+    for first in range(0, dim, COLUMNS):
+        store_words(key, row_id, first // 4, 0, drawn_at + 4 * first)
     if kind == 1:
         mid, half = np.float32(a), np.float32(b)
-        for column in range(values.shape[0]):
+        for column in range(dim):
             centred = np.int32(np.int32(drawn[column] >> np.uint32(8)) - np.int32(8388608))
             values[column] = mid + np.float32(centred) * np.float32(2.0**-23) * half
         return
-    for even in range(0, values.shape[0], 2):
+    for even in range(0, dim, 2):
         deviations = _normal_pair(drawn[even], drawn[even + 1], b)
-        for column in range(even, min(even + 2, values.shape[0])):
+        for column in range(even, min(even + 2, dim)):
             deviation = deviations[column - even]
             if kind == 3:
                 deviation = _truncate(deviation, key, row_id, column, b, bound)
@@ -301,9 +305,9 @@ def _truncate(deviation, key, row_id, column, std, bound):
 
 
 @njit
-def _round_to_bf16(values, out):
-    """Write finite float32 values as bfloat16 bits, to nearest even."""
-    bits = values.view(np.uint32)
-    for column in range(values.shape[0]):
+def _round_to_bf16(values_at, out_at, dim):
+    """Write dim finite float32 values as bfloat16 bits, to nearest even."""
+    bits, out = uint32_at(values_at, dim), uint16_at(out_at, dim)
+    for column in range(dim):
         last = (bits[column] >> np.uint32(16)) & np.uint32(1)
         out[column] = np.uint16((bits[column] + np.uint32(0x7FFF) + last) >> np.uint32(16))

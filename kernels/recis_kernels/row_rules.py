@@ -27,7 +27,7 @@ from torch import Tensor
 
 from recis_kernels.address import float32_at, load_float32, load_float64, store_float32
 from recis_kernels.dispatch import njit
-from recis_kernels.lanes import NUM_LANES, root, square_sum
+from recis_kernels.lanes import NUM_LANES, square_root, square_sum
 
 ROW_STEPS = "t"  # the state of width 1 that counts a row's own updates
 NUM_FOLDED = 9  # columns of what fold_scalars returns
@@ -214,7 +214,7 @@ def _row_wise_row(w, h_address, g, g_address, k):
     padded = (w.size + NUM_LANES - 1) // NUM_LANES * NUM_LANES
     grown = load_float32(h_address) + square_sum(g_address, padded) / np.float32(w.size)
     store_float32(h_address, grown)
-    step = np.float32(load_float64(k)) / (root(grown) + np.float32(load_float64(k + 16)))
+    step = np.float32(load_float64(k)) / (square_root(grown) + np.float32(load_float64(k + 16)))
     for i in range(w.size):
         w[i] -= step * g[i]
 
@@ -224,11 +224,13 @@ def _adam_row(w, m, v, row_steps, g, k):
     _add_decay(g, w, load_float64(k))
     beta1, beta2 = np.float32(load_float64(k + 16)), np.float32(load_float64(k + 24))
     rest1, rest2 = np.float32(1.0 - load_float64(k + 16)), np.float32(1.0 - load_float64(k + 24))
-    shrink, eps, step, root = np.float32(load_float64(k + 8)), np.float32(load_float64(k + 32)), np.float32(load_float64(k + 40)), np.float32(load_float64(k + 48))
+    shrink, eps = np.float32(load_float64(k + 8)), np.float32(load_float64(k + 32))
+    step, root = np.float32(load_float64(k + 40)), np.float32(load_float64(k + 48))
     if row_steps != 0:
         t = load_float32(row_steps) + np.float32(1.0)
         store_float32(row_steps, t)
-        first, second = 1.0 - load_float64(k + 16) ** np.float64(t), np.sqrt(1.0 - load_float64(k + 24) ** np.float64(t))
+        first = 1.0 - load_float64(k + 16) ** np.float64(t)
+        second = np.sqrt(1.0 - load_float64(k + 24) ** np.float64(t))
         if load_float64(k + 64) != 0.0:
             step, root = np.float32(load_float64(k + 56) / first), np.float32(1.0 / second)
         else:
@@ -243,12 +245,17 @@ def _adam_row(w, m, v, row_steps, g, k):
 
 @njit
 def _ftrl_row(w, n, z, g, k):
-    lr, beta, l1, l2 = np.float32(load_float64(k)), np.float32(load_float64(k + 8)), np.float32(load_float64(k + 16)), np.float32(load_float64(k + 24))
+    lr, beta = np.float32(load_float64(k)), np.float32(load_float64(k + 8))
+    l1, l2 = np.float32(load_float64(k + 16)), np.float32(load_float64(k + 24))
     zero = np.float32(0.0)
     for i in range(w.size):
-        grown = n[i] + g[i] * g[i]
+        square = g[i] * g[i]
+        grown = n[i] + square
         root = np.sqrt(grown)
-        moved = z[i] + (g[i] - (root - np.sqrt(n[i])) / lr * w[i])
+        roots = root + np.sqrt(n[i])
+        # sqrt(n') - sqrt(n) = g^2 / (sqrt(n') + sqrt(n)): the difference itself loses most digits for a small g
+        sigma = square / roots / lr if roots > zero else zero
+        moved = z[i] + (g[i] - sigma * w[i])
         n[i] = grown
         z[i] = moved
         shrunk = moved - l1 if moved > zero else moved + l1

@@ -237,48 +237,60 @@ def _sum_loop(source, ends, target, start, stop):
                 target[bag, column] += source[row, column]
 
 
+# rows outside, columns inside: memory is read in its order, and a small buffer holds what each column has so far
+
+
 @njit
 def _argmax_loop(source, ends, target, start, stop):
     dim = source.shape[1]
+    tops = np.empty(dim, dtype=source.dtype)
     for bag in range(start, stop):
-        if ends[bag] == ends[bag + 1]:
+        first, last = ends[bag], ends[bag + 1]
+        if first == last:
             continue
         for column in range(dim):
-            best = ends[bag]
-            for row in range(ends[bag] + 1, ends[bag + 1]):
-                value, top = source[row, column], source[best, column]
+            tops[column] = source[first, column]
+            target[bag, column] = first
+        for row in range(first + 1, last):
+            for column in range(dim):
+                value, top = source[row, column], tops[column]
                 if value > top or (value != value and top == top):
-                    best = row
-            target[bag, column] = best
+                    tops[column] = value
+                    target[bag, column] = row
 
 
 @njit
 def _softmax_loop(source, ends, target, start, stop):
     dim = source.shape[1]
+    tops, totals = np.empty(dim, dtype=source.dtype), np.empty(dim, dtype=source.dtype)
     for bag in range(start, stop):
         first, last = ends[bag], ends[bag + 1]
-        for column in range(dim):
-            top = source.dtype.type(-np.inf)
-            for row in range(first, last):
-                top = max(top, source[row, column])
-            total = source.dtype.type(0)
-            for row in range(first, last):
-                power = np.exp(source[row, column] - top)
+        tops[:] = -np.inf
+        totals[:] = 0
+        for row in range(first, last):
+            for column in range(dim):
+                tops[column] = max(tops[column], source[row, column])
+        for row in range(first, last):
+            for column in range(dim):
+                power = np.exp(source[row, column] - tops[column])
                 target[row, column] = power
-                total += power
-            for row in range(first, last):
-                target[row, column] /= total
+                totals[column] += power
+        for row in range(first, last):
+            for column in range(dim):
+                target[row, column] /= totals[column]
 
 
 @njit
 def _softmax_grad_loop(softmax, grad, ends, target, start, stop):
     """d v = y * (g - sum over the bag of y * g)."""
     dim = softmax.shape[1]
+    dots = np.empty(dim, dtype=softmax.dtype)
     for bag in range(start, stop):
         first, last = ends[bag], ends[bag + 1]
-        for column in range(dim):
-            dot = softmax.dtype.type(0)
-            for row in range(first, last):
-                dot += softmax[row, column] * grad[row, column]
-            for row in range(first, last):
-                target[row, column] = softmax[row, column] * (grad[row, column] - dot)
+        dots[:] = 0
+        for row in range(first, last):
+            for column in range(dim):
+                dots[column] += softmax[row, column] * grad[row, column]
+        for row in range(first, last):
+            for column in range(dim):
+                target[row, column] = softmax[row, column] * (grad[row, column] - dots[column])

@@ -3,7 +3,8 @@
     for each distinct row u with a gradient:  g = scale * sum[u];  (w, state) = rule(w, state, g);  last_seen, count
 
 The sum is the left fold of `row_grads`, taken inside the same pass, so neither [L, D] nor [U, D] gradients exist. Clipping
-needs all sums first: `reduce_lookups`, then the same pass over its result gives equal bits. Threads own ranges of distinct
+needs the norm of all sums first (`row_square_sums`) and then scales in this pass. Sums made apart (`reduce_lookups`) lead
+to equal bits. Threads own ranges of distinct
 rows. Rows are fetched some rows ahead, because a random row costs a wait on memory that would otherwise be most of the
 time. Least traffic: 12 D + 8 bytes a row for row-wise Adagrad, 28 D for Adam, 16 for the metadata in the same lines.
 """
@@ -75,9 +76,9 @@ def fused_update(
         ValueError: shapes or dtypes do not fit, keys are missing, or the layout lacks a state of the rule.
     """
     layout = blocks.layout
-    missing = [name for name in rule.states if name not in dict(layout.state)]
-    if missing:
-        raise ValueError(f"{rule.name} needs the states {rule.states}; the rows have {layout.state}, not {missing}")
+    needed = (*rule.states, ROW_STEPS) if rule.row_steps else rule.states
+    if not set(needed) <= set(dict(layout.state)):
+        raise ValueError(f"{rule.name} needs the states {needed}; the rows have {layout.state}")
     if layout.dtype == torch.bfloat16 and keys is None:
         raise ValueError("bfloat16 rows are rounded at random by table: pass keys [T] int64 (table_key)")
     lookup = merge_lookups(lookups)
@@ -250,4 +251,3 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
         if is_bf16 != 0:
             round_row(wide_at, address, dim, keys[tables[u]], load_int64(address + id_at), stream)
     return num_bad
-

@@ -24,6 +24,7 @@ _PARTITION_IDS = 2048
 _MAX_BITS = 8  # at most 256 partitions: more write streams than that fall out of the first-level cache
 _SEGMENT_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: ids common to many segments must not share a partition
 _MIN_PER_THREAD = 8192
+_BUCKETED_SORT = 1 << 16  # ids from which argsort_ids deals them out first
 _TABLE_BITS = np.uint64(20)  # where in the hash the table slot lies: clear of partition (top) and owner slice (low 16)
 
 
@@ -72,12 +73,45 @@ def order_by_segment_and_id(ids: Tensor, segments: Tensor, num_segments: int) ->
     Args:
         ids: int64 [U].  segments: int32 [U], each in [0, num_segments).
     """
-    by_id = np.argsort(ids.numpy())  # unstable, and need not be: equal ids are of different segments
+    by_id = argsort_ids(ids.numpy())  # unstable, and need not be: equal ids are of different segments
     if num_segments <= 1 or ids.numel() < 2:
         return torch.from_numpy(by_id)
     order = np.empty_like(by_id)
     _stable_by_segment(by_id, segments.numpy(), np.zeros(num_segments + 1, np.int64), order)
     return torch.from_numpy(order)
+
+
+def argsort_ids(ids: np.ndarray) -> np.ndarray:
+    """Return a permutation int64 [U] that sorts int64 ids; equal ids come in any order.
+
+    A long list is first dealt into 256 even ranges of values: numpy's vectorised sort is twice as fast in cache, and the
+    ranges go to all threads. Ids that crowd in one range cost one plain sort.
+    """
+    if len(ids) < _BUCKETED_SORT:
+        return np.argsort(ids)
+    lowest = ids.min()
+    shift = max(0, (int(ids.max()) - int(lowest)).bit_length() - _MAX_BITS)
+    ranges = np.empty(len(ids), np.uint8)
+    keys, positions = np.empty_like(ids), np.empty(len(ids), np.int32)
+    starts = np.zeros((1 << _MAX_BITS) + 1, np.int64)
+    _name_ranges(ids, lowest, shift, ranges)
+    _scatter(ids, ranges, 0, len(ids), starts, keys, positions)
+    order = np.empty(len(ids), np.int64)
+
+    def sort(low: int, high: int) -> None:
+        for start, stop in pairwise(starts[low : high + 1].tolist()):
+            if stop > start:
+                order[start:stop] = positions[start:stop][np.argsort(keys[start:stop])]
+
+    cuts = split(len(ids), min_items=_MIN_PER_THREAD)
+    run_parts(sort, _even_shares(starts, cuts))
+    return order
+
+
+def _even_shares(starts: np.ndarray, cuts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return one run of partitions for each cut, with about the same number of positions: some are far longer."""
+    bounds = [0, *np.searchsorted(starts, [stop for _, stop in cuts[:-1]]).tolist(), len(starts) - 1]
+    return list(pairwise(bounds))
 
 
 def _segment_of_id(ids: Tensor, segments: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -143,17 +177,16 @@ def _numba(ids: Tensor, segments: Tensor) -> Unique:
     run_parts(scatter, threads)
     bases = np.zeros(num_partitions + 1, np.int64)
     np.cumsum(np.diff(starts, axis=1).sum(axis=0), out=bases[1:])
-    # Threads take runs of partitions with about the same number of positions: a frequent id makes its partition long.
-    bounds = [0, *np.searchsorted(bases, [stop for _, stop in cuts[:-1]]).tolist(), num_partitions]
+    shares = _even_shares(bases, cuts)
     sizes = np.zeros(num_partitions + 1, np.int64)
     shared = (scratch.positions, of_id, stride, starts, bases)
     pairs = (scratch.found, scratch.seen, scratch.counts, scratch.numbers)
-    run_parts(lambda low, high: _number(scratch.keys, *shared, low, high, *pairs, sizes[1:]), list(pairwise(bounds)))
+    run_parts(lambda low, high: _number(scratch.keys, *shared, low, high, *pairs, sizes[1:]), shares)
     ends = np.cumsum(sizes)
     out_ids, out_segments = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.int32)
     out_counts, inverse = np.empty(ends[-1], np.int32), np.empty(num_ids, np.int32)
     out = (out_ids, out_segments, out_counts, inverse)
-    run_parts(lambda low, high: _finish(*shared, ends, low, high, *pairs, *out), list(pairwise(bounds)))
+    run_parts(lambda low, high: _finish(*shared, ends, low, high, *pairs, *out), shares)
     return Unique(*(torch.from_numpy(array) for array in (out_ids, out_segments, inverse, out_counts)))
 
 
@@ -193,6 +226,13 @@ def _name_partitions(ids, segments, stride, bits, start, stop, partitions):
     else:
         for i in range(start, stop):
             partitions[i] = np.uint8((_pair_hash(ids[i], segments[i]) >> np.uint64(1)) >> shift)
+
+
+@njit
+def _name_ranges(ids, lowest, shift, ranges):
+    """Write which of 256 even ranges of values each id lies in, counted from the lowest."""
+    for i in range(ids.shape[0]):
+        ranges[i] = np.uint8((np.uint64(ids[i]) - np.uint64(lowest)) >> np.uint64(shift))
 
 
 @njit

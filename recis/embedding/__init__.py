@@ -1,11 +1,11 @@
 """Dynamic embedding tables: rows for an open-ended id vocabulary, and the modules that look them up.
 
-    TableConfig, Feature, Tile                       what a table is
-    EmbeddingBagCollection, EmbeddingCollection      {feature: [B, D]} and {feature: JaggedTensor of [L, D]}
-    TableSet, HashTable, TableCounters               the tables behind them
-    Constant, Uniform, Normal, TruncatedNormal       first weights
-    Always, AfterSightings, WithProbability          when an id earns a row; counted by Exact or CountMin
-    TtlSteps, TtlSeconds, LruCapacity, LfuCapacity, MinNorm, ByScore    when it loses it
+TableConfig, Feature, Tile                       what a table is
+EmbeddingBagCollection, EmbeddingCollection      {feature: [B, D]} and {feature: JaggedTensor of [L, D]}
+TableSet, HashTable, TableCounters               the tables behind them
+Constant, Uniform, Normal, TruncatedNormal       first weights
+Always, AfterSightings, WithProbability          when an id earns a row; counted by Exact or CountMin
+TtlSteps, TtlSeconds, LruCapacity, LfuCapacity, MinNorm, ByScore    when it loses it
 """
 
 from recis.embedding.admission import Admission, AfterSightings, Always, CountMin, Exact, WithProbability

@@ -44,7 +44,9 @@ class AdmissionControl:
 
     def _counters(self) -> tuple[ExactSightings | None, SketchSightings | None]:
         counters = [
-            config.admission.counter if isinstance(config.admission, AfterSightings) and config.admission.n > 1 else None
+            config.admission.counter
+            if isinstance(config.admission, AfterSightings) and config.admission.n > 1
+            else None
             for config in self._configs
         ]
         self._is_exact = torch.tensor([isinstance(counter, Exact) for counter in counters], dtype=torch.bool)
@@ -119,6 +121,7 @@ class AdmissionControl:
             self.exact.expire(queue, clock_s if is_clock else step)
         if self._has_limits:
             self.exact.trim()
+        self.exact.maintain()
 
     def clear(self, table: int) -> None:
         """Forget all sightings of one table."""

@@ -11,7 +11,7 @@ saved by the checkpoint, and add nothing to `state_dict()`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from recis.embedding.pooling import gather, pool, tile
 from recis.embedding.rows import RowStore
 from recis.embedding.table_set import TableSet
 from recis.errors import ConfigError, nearest
-from recis.jagged import JaggedTensor, KeyedJaggedTensor
+from recis.jagged import KeyedJaggedTensor
 from recis_kernels.embedding_bag import bag_factors
 
 
@@ -53,7 +53,7 @@ class _StorePlan:
         if self.runs is None:
             return batch
         cuts = sorted({0, len(batch.keys), *(end for run in self.runs for end in run)})
-        pieces = batch.split([stop - start for start, stop in zip(cuts[:-1], cuts[1:], strict=True)])
+        pieces = batch.split([stop - start for start, stop in pairwise(cuts)])
         return KeyedJaggedTensor.concat([pieces[cuts.index(start)] for start, _ in self.runs])
 
 
@@ -207,7 +207,9 @@ class EmbeddingBagCollection(_Collection):
         features: name -> Feature.
     """
 
-    _wanted = "an EmbeddingBagCollection serves 'sum', 'mean' and Tile(n); an EmbeddingCollection on the same TableSet 'none'"
+    _wanted = (
+        "an EmbeddingBagCollection serves 'sum', 'mean' and Tile(n); an EmbeddingCollection on the same TableSet 'none'"
+    )
 
     @staticmethod
     def _serves(feature: Feature) -> bool:
@@ -248,7 +250,7 @@ class EmbeddingCollection(_Collection):
     ) -> dict[str, Any]:
         rows = gather(found, offsets, part.stride)
         ends = part.offset_per_key
-        vectors = rows.split([stop - start for start, stop in zip(ends[:-1], ends[1:], strict=True)])
+        vectors = rows.split([stop - start for start, stop in pairwise(ends)])
         return {
             name: part[name].with_values(values, part[name].weights)
             for name, values in zip(part.keys, vectors, strict=True)

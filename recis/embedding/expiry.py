@@ -81,10 +81,14 @@ class CapacityQueue:
         """Forget the list: rows were written or removed by hand."""
         self._border = None
 
+    @property
+    def is_listing(self) -> bool:
+        """Whether there is a list that new rows must be told to."""
+        return self._border is not None
+
     def inserted(self, rows: Tensor) -> None:
         """Watch rows that the table got since the last pass."""
-        if self._border is not None:
-            self._watched = torch.cat([self._watched, rows])
+        self._watched = torch.cat([self._watched, rows])
 
     def lowest(self, num_rows: int) -> Tensor:
         """Return the num_rows lowest rows of the table (all, if it has fewer); the caller removes them."""

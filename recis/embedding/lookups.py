@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recis_kernels.hash_probe import count_loop
 from recis_kernels.row_grads import PendingLookup
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class StoreLookup:
         outcome: [U] uint8 when training, None when all were found or when not training.
         grads: what SparseOptimizer gets; None when not training.
         first: [U] bool, whether this is the id's first lookup of the step (of ids with a row); None = all.
-        applied: whether the optimizer has consumed the gradients.
+        applied: whether the optimizer has consumed the gradients, or the step has ended: backward comes too late.
         is_booked: whether last_seen and count of the rows are written (the optimizer does it on its way).
         source: who asked (a collection or a table); its lookups since the last update are numbered as micro-batches.
     """
@@ -82,21 +83,35 @@ class StoreLookup:
 
 def tally(records: Sequence[StoreLookup], num_tables: int) -> Tensor:
     """Return distinct ids of the step per table and outcome, int64 [T, 4]."""
-    totals = torch.zeros(num_tables * NUM_OUTCOMES, dtype=torch.int64)
+    totals = torch.zeros(num_tables, NUM_OUTCOMES, dtype=torch.int64)
     for record in records:
-        code = record.tables.long() * NUM_OUTCOMES
-        if record.outcome is not None:
-            code += record.outcome
+        tables, outcome = record.tables, record.outcome
         if len(records) > 1:
-            placed = record.row_numbers >= 0
-            code = code[placed if record.first is None else placed & record.first]
-        totals += torch.bincount(code, minlength=totals.numel())
-    totals = totals.view(num_tables, NUM_OUTCOMES)
+            first = record.row_numbers >= 0 if record.first is None else (record.row_numbers >= 0) & record.first
+            tables, outcome = tables[first], None if outcome is None else outcome[first]
+        totals[:, FOUND] += _count(tables, num_tables)
+        if outcome is not None:
+            _move_from_found(totals, tables, outcome)
     if len(records) > 1:
         without = unplaced(records)
-        code = without.tables.long() * NUM_OUTCOMES + without.outcome
-        totals += torch.bincount(code, minlength=totals.numel()).view(num_tables, NUM_OUTCOMES)
+        totals[:, FOUND] += _count(without.tables, num_tables)
+        _move_from_found(totals, without.tables, without.outcome)
     return totals
+
+
+def _count(tables: Tensor, num_tables: int) -> Tensor:
+    counts = torch.zeros(num_tables, dtype=torch.int64)
+    count_loop(tables.numpy(), counts.numpy())
+    return counts
+
+
+def _move_from_found(totals: Tensor, tables: Tensor, outcome: Tensor) -> None:
+    """Correct totals [T, 4] that counted all ids as found: most are, so only the others are looked at one by one."""
+    others = outcome.nonzero().squeeze(1)
+    code = tables[others].long() * NUM_OUTCOMES + outcome[others]
+    counts = torch.bincount(code, minlength=totals.numel()).view(totals.shape)
+    totals += counts
+    totals[:, FOUND] -= counts.sum(1)
 
 
 @dataclass(frozen=True, slots=True)

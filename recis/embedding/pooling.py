@@ -81,12 +81,17 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         found, view = ctx.found, ctx.view
-        grad = grad.contiguous()
+        grad = grads[0].contiguous()
         of_factors = None
         if ctx.needs_input_grad[1]:
             of_factors = factor_grads(found.store.blocks, found.read_rows, view.inverse, view.offsets, grad)
         if found.grads is not None:
+            if found.applied:
+                raise RuntimeError(
+                    "backward through a lookup whose step is over: an update has used its gradients, or end_step came "
+                    "first; call backward before SparseOptimizer.step() and end_step, and look the batch up anew after"
+                )
             view.add_grad(grad)
         return None, of_factors, None, None

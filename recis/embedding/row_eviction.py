@@ -79,7 +79,7 @@ class RowEviction:
     def inserted(self, rows: Tensor, tables: Tensor) -> None:
         """Take note of new rows [N] of tables [N]."""
         for number, _, queue in self._capacity:
-            if queue is not None:
+            if queue is not None and queue.is_listing:
                 queue.inserted(rows[tables == number])
 
     def reset(self) -> None:
@@ -105,7 +105,7 @@ class RowEviction:
                 rows = self._rows_of(number)
                 store.evict(rows[self.norms(rows) < policy.l2])
         over = store.sizes[self._capacity_tables] > self._capacity_rows if self._capacity else ()
-        for place in np.flatnonzero(over):
+        for place in np.flatnonzero(over).tolist():
             number, policy, queue = self._capacity[place]
             excess = int(store.sizes[number]) - policy.rows  # an earlier policy may have made room
             if excess > 0 and (tables is None or number in tables):

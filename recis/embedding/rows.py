@@ -24,7 +24,7 @@ from recis.embedding.row_eviction import RowEviction
 from recis.embedding.row_log import ChangeLog
 from recis.embedding.row_owners import RowOwners, grown
 from recis.embedding.snapshot import StoreSnapshot
-from recis.embedding.step_clock import StepClock
+from recis.embedding.step_clock import StepClock, from_low_seconds, low_seconds
 from recis.embedding.totals import StoreTotals
 from recis_kernels.hash_index import HashIndex
 from recis_kernels.philox import table_key
@@ -32,11 +32,6 @@ from recis_kernels.row_blocks import RowBlocks, RowLayout
 from recis_kernels.row_grads import PendingLookup
 from recis_kernels.row_init import init_rows
 from recis_kernels.unique_ids import order_by_segment_and_id, unique_ids
-
-
-def low_seconds(seconds: Tensor) -> Tensor:
-    """Return the low 32 bits of clock readings, as the int32 with those bits: what a row keeps, good until 2106."""
-    return torch.where(seconds >= 1 << 31, seconds - (1 << 32), seconds).to(torch.int32)
 
 
 class RowStore:
@@ -130,8 +125,8 @@ class RowStore:
     def one_range(self, ids: Tensor, table: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return (ids, offsets, tables) that say: all of ids are of one table."""
         if ids.ndim != 1 or ids.dtype != torch.int64:
-            name = self.configs[table].name
-            raise ValueError(f"table {name!r}: ids must be int64 [L]; got {ids.dtype} {tuple(ids.shape)}")
+            name = repr(self.configs[table].name)
+            raise ValueError(f"table {name}: ids must be int64 [L]; got {ids.dtype} {tuple(ids.shape)}")
         return ids, torch.tensor([0, ids.numel()]), torch.tensor([table], dtype=torch.int32)
 
     def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
@@ -183,8 +178,8 @@ class RowStore:
         """Turn admissions past max_rows into FULL; the smaller ids of a lookup come first."""
         wanted = torch.bincount(tables[outcome == INSERTED].long(), minlength=self.num_tables).numpy()
         limits = self.totals.limits
-        for table in np.flatnonzero((self.sizes + wanted > limits) & (wanted > 0)):
-            asking = ((tables == int(table)) & (outcome == INSERTED)).nonzero().squeeze(1)
+        for table in np.flatnonzero((self.sizes + wanted > limits) & (wanted > 0)).tolist():
+            asking = ((tables == table) & (outcome == INSERTED)).nonzero().squeeze(1)
             room = max(0, int(limits[table] - self.sizes[table]))
             outcome[asking[ids[asking].argsort()][room:]] = FULL
 
@@ -285,6 +280,7 @@ class RowStore:
         self._records = []
         for record in records:
             self._write_metadata(record)
+            record.applied = True
         self.totals.add_step(records)
         self._book_sightings(records)
         self.totals.warn_if_full()
@@ -318,7 +314,7 @@ class RowStore:
 
     def read_clock(self, rows: Tensor) -> Tensor:
         """Return last_seen_s of rows [N], int64 [N]."""
-        return self.blocks.read(rows, ("last_seen_s",))["last_seen_s"].long() & 0xFFFFFFFF
+        return from_low_seconds(self.blocks.read(rows, ("last_seen_s",))["last_seen_s"])
 
     def _book_sightings(self, records: Sequence[StoreLookup]) -> None:
         if not self.admission.counts_sightings:
@@ -354,15 +350,12 @@ class RowStore:
         """Whether `step` is the last one that ended and nothing was looked up since."""
         return step == self.step - 1 and not self._records
 
-    def load_step(self, step: int) -> None:
-        """Set the last step that ended; ValueError inside a step."""
-        self.require_boundary("loading a step")
-        self.step = step + 1
-
     def require_boundary(self, what: str) -> None:
         """Raise ValueError when training lookups wait for their end_step."""
         if self._records:
-            raise ValueError(f"{what} needs the boundary of a step: call end_step({self.step}) of {self._names()} first")
+            raise ValueError(
+                f"{what} needs the boundary of a step: call end_step({self.step}) of {self._names()} first"
+            )
 
     def counters(self, table: int) -> TableCounters:
         """Return the totals of one table, the step under way included."""

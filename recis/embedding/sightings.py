@@ -98,6 +98,10 @@ class ExactSightings:
         """Forget the entries that are due."""
         self._forget_slots(queue.due(now))
 
+    def maintain(self) -> None:
+        """Between steps: give back the index slots of forgotten ids."""
+        self._index.maintain()
+
     def clear(self, table: int) -> None:
         """Forget all of one table."""
         self.owners.release((self.owners.owner == table).nonzero().squeeze(1))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from recis.embedding.row_owners import RowOwners
+from recis.embedding.step_clock import from_low_seconds
 from recis_kernels.row_blocks import RowBlocks
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ class StoreSnapshot:
         with self._changed:
             states = self._state[rows]
             if bool((states == _NOT_NEEDED).any()):
-                raise ValueError("a snapshot gives each of its rows once; some of these were read before, or never in it")
+                raise ValueError(
+                    "a snapshot gives each of its rows once; some of these were read before, or never in it"
+                )
             fields = self._store.blocks.read(rows)
             copied = (states >= 0).nonzero().squeeze(1)
             if copied.numel():
@@ -195,5 +198,5 @@ def exported_fields(ids: Tensor, fields: Mapping[str, Tensor]) -> dict[str, Tens
     """Return fields of RowBlocks.read under the names a checkpoint uses; the clock as seconds since 1970, int64."""
     out = {"ids": ids, **{name: values for name, values in fields.items() if name != "id"}}
     if "last_seen_s" in out:
-        out["last_seen_s"] = out["last_seen_s"].long() & 0xFFFFFFFF
+        out["last_seen_s"] = from_low_seconds(out["last_seen_s"])
     return out

@@ -8,6 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 _LOGGED_STEPS = 100_000
 
 
@@ -35,6 +38,10 @@ class StepClock:
             self.log.append((step, self.seconds))
         return self.seconds
 
+    def now(self) -> int:
+        """Return a reading that belongs to no step, and is not logged: for rows written by hand between steps."""
+        return max(self.seconds, int(self._read()))
+
     def state(self) -> dict[str, list]:
         """Return the log, JSON-able."""
         return {"log": [list(entry) for entry in self.log]}
@@ -43,3 +50,13 @@ class StepClock:
         """Set what `state` returned."""
         self.log = deque(((int(step), int(seconds)) for step, seconds in state["log"]), maxlen=_LOGGED_STEPS)
         self.step, self.seconds = self.log[-1] if self.log else (0, 0)
+
+
+def low_seconds(seconds: Tensor) -> Tensor:
+    """Return the low 32 bits of readings as the int32 with those bits: what a row keeps, good until 2106."""
+    return torch.where(seconds >= 1 << 31, seconds - (1 << 32), seconds).to(torch.int32)
+
+
+def from_low_seconds(low: Tensor) -> Tensor:
+    """Return the readings, int64, that low_seconds cut."""
+    return low.long() & 0xFFFFFFFF

@@ -147,7 +147,8 @@ class HashTable:
     def import_rows(self, fields: Mapping[str, Tensor]) -> None:
         """Write rows as `export` returns them; ids that have a row are overwritten, all others get one.
 
-        State that is left out starts as the initializer of the optimizer says; last_seen and count, left out, are 0.
+        State that is left out is initial; rows whose last_seen, count or last_seen_s is left out count as seen now, in the
+        step under way, 0 times.
         `clear()` first to replace the content.
 
         Raises:
@@ -167,7 +168,9 @@ class HashTable:
         try:
             transfer.load_table_state(self.store, self.number, state)
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"table {self.name!r}: state lacks or garbles {error}; it has {sorted(state)}") from error
+            raise CheckpointError(
+                f"table {self.name!r}: state lacks or garbles {error}; it has {sorted(state)}"
+            ) from error
 
     def admission_state(self) -> dict[str, Tensor]:
         """Return what is known of ids without a row, and the rest of the table that is tensors; {} where there is none.
@@ -229,7 +232,11 @@ class HashTable:
         return dict(self.store.layout.state)
 
     @property
-    def default_row(self) -> Tensor | None:
-        """The row that ids without one read, [D] float32 copy; None where they read zeros."""
+    def default_row(self) -> Tensor:
+        """The row that ids without one read, [D] float32, a copy; ValueError where they read zeros."""
         row = self.store.defaults.rows[self.number : self.number + 1]
-        return None if int(row) < 0 else self.store.blocks.read(row, ("weight",))["weight"][0].float()
+        if int(row) < 0:
+            raise ValueError(
+                f"table {self.name!r} has no default row; it needs unadmitted='default_row' in its TableConfig"
+            )
+        return self.store.blocks.read(row, ("weight",))["weight"][0].float()

@@ -73,7 +73,9 @@ class TableSet:
             for configs in groups.values()
         ]
         found = {
-            config.name: HashTable(store, number) for store in self.stores for number, config in enumerate(store.configs)
+            config.name: HashTable(store, number)
+            for store in self.stores
+            for number, config in enumerate(store.configs)
         }
         self.tables: dict[str, HashTable] = {config.name: found[config.name] for config in tables}
         self.features: dict[str, tuple[Feature, HashTable]] = {
@@ -119,7 +121,8 @@ class TableSet:
             ValueError: lookups of a step under way would be lost.
         """
         for store in self.stores:
-            store.load_step(step)
+            store.require_boundary("loading a step")
+            store.step = step + 1
 
     def snapshot(self, *, memory_mib: int = 1024, since_step: int | None = None) -> dict[str, TableSnapshot]:
         """Freeze all tables as they are at this boundary, by name; training may go on while a thread reads them.
@@ -133,7 +136,9 @@ class TableSet:
         """
         for store in self.stores:
             if store.snapshot is not None:
-                raise ValueError("a snapshot of these tables is still open: wait for its writer, one save runs at a time")
+                raise ValueError(
+                    "a snapshot of these tables is still open: wait for its writer, one save runs at a time"
+                )
             store.require_boundary("a snapshot")
         total = sum(store.num_bytes for store in self.stores)
         for store in self.stores:
@@ -161,10 +166,10 @@ def _check_names(tables: Sequence[TableConfig]) -> None:
             raise ConfigError(f"table {config.name!r} is given twice; name all its features in one TableConfig")
         by_name[config.name] = config
     owners: dict[str, str] = {}
-    for config, feature in ((config, feature) for config in tables for feature in config.feature_list()):
-        other_name = owners.setdefault(feature.name, config.name)
-        if other_name != config.name:
+    for name, feature in ((config.name, feature) for config in tables for feature in config.feature_list()):
+        other_name = owners.setdefault(feature.name, name)
+        if other_name != name:
             raise ConfigError(
-                f"feature {feature.name!r} is in tables {other_name!r} and {config.name!r}; a feature has one table per "
+                f"feature {feature.name!r} is in tables {other_name!r} and {name!r}; a feature has one table per "
                 "TableSet: look it up in the second by a collection of its own, or give it two names"
             )

@@ -23,7 +23,9 @@ class StoreTotals:
 
     def __init__(self, configs: Sequence[TableConfig]) -> None:
         self._configs = configs
-        self._totals = np.zeros((len(configs), len(_SAVED)), dtype=np.int64)  # columns: outcomes, evicted, default_reads
+        self._totals = np.zeros(
+            (len(configs), len(_SAVED)), dtype=np.int64
+        )  # columns: outcomes, evicted, default_reads
         self._warned = np.zeros(len(configs), dtype=np.int64)
         none = np.iinfo(np.int64).max
         self.limits = np.array([none if config.max_rows is None else config.max_rows for config in configs])
@@ -45,7 +47,7 @@ class StoreTotals:
     def warn_if_full(self) -> None:
         """Warn of ids that met max_rows: at the first, then whenever their number has more than doubled."""
         full = self._totals[:, FULL]
-        for table in np.flatnonzero(full > 2 * self._warned):
+        for table in np.flatnonzero(full > 2 * self._warned).tolist():
             config = self._configs[table]
             warnings.warn(
                 f"table {config.name!r} is full: {full[table]} ids met max_rows={config.max_rows} so far and read as if "

@@ -41,7 +41,9 @@ def tombstones(store: "RowStore", table: int) -> Tensor:
 def _require_base(store: "RowStore", table: int) -> None:
     if not store.logs[table].started:
         name = store.configs[table].name
-        raise ValueError(f"table {name!r} has no base to be a delta to: call mark_base() when the base is saved or loaded")
+        raise ValueError(
+            f"table {name!r} has no base to be a delta to: call mark_base() when the base is saved or loaded"
+        )
 
 
 def export(store: "RowStore", table: int, since_step: int | None) -> dict[str, Tensor]:
@@ -60,17 +62,15 @@ def import_rows(store: "RowStore", table: int, fields: Mapping[str, Tensor]) -> 
         raise ValueError(f"table {_name(store, table)}: ids to import must be distinct; {int(twice)} repeats")
     rows = _rows_for(store, table, ids, fresh=True)
     values = {name: values for name, values in fields.items() if name not in ("ids", "last_seen_s")}
-    missing = [name for name in ("last_seen", "count") if name not in values]
-    values |= {name: torch.zeros(ids.numel(), dtype=torch.int32) for name in missing}
-    store.blocks.write(rows, values)
+    store.blocks.write(
+        rows, values
+    )  # what is left out stays as a fresh row has it: seen in the step under way, count 0
     if store.has_clock:
-        store.write_clock(rows, fields.get("last_seen_s", torch.zeros_like(ids)))
+        store.write_clock(rows, fields.get("last_seen_s", torch.full_like(ids, store.clock.now())))
     _written(store, table, ids)
 
 
-def insert(
-    store: "RowStore", table: int, ids: Tensor, weights: Tensor, state: Mapping[str, Tensor] | None
-) -> None:
+def insert(store: "RowStore", table: int, ids: Tensor, weights: Tensor, state: Mapping[str, Tensor] | None) -> None:
     """Give ids rows by force, see HashTable.insert."""
     fields = {"ids": ids, "weight": weights, **{f"state.{name}": values for name, values in (state or {}).items()}}
     fields = _checked_fields(store, table, fields)
@@ -81,7 +81,7 @@ def insert(
     rows = _rows_for(store, table, ids, fresh=False)
     store.blocks.write(rows, {**fields, "last_seen": torch.full((ids.numel(),), store.step, dtype=torch.int32)})
     if store.has_clock:
-        store.write_clock(rows, torch.full_like(ids, store.clock.seconds))
+        store.write_clock(rows, torch.full_like(ids, store.clock.now()))
     store.admission.forget(ids, torch.full((ids.numel(),), table, dtype=torch.int32))
     _written(store, table, ids)
 

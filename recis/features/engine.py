@@ -70,6 +70,8 @@ class FeatureEngine:
         self._inputs = tuple(spec for spec in self.features if spec.kind not in LABEL_KINDS)
         self._plans = {labels: self._graph.groups(self._wanted(labels)) for labels in (True, False)}
         self._columns = {labels: self._graph.required_columns(self._wanted(labels)) for labels in (True, False)}
+        every = list(zip(self.features, self._graph.ends, strict=True))
+        self._ends = {True: every, False: [(spec, ends) for spec, ends in every if spec.kind not in LABEL_KINDS]}
         self._checked: dict[bool, dict[str, ValueType]] = {}
         self._vocabularies = {
             node.number: open_vocabulary(node.op) for node in self._graph.nodes if isinstance(node.op, Vocab | Lookup)
@@ -106,12 +108,7 @@ class FeatureEngine:
                 inputs = [tuple(values[number] for number in node.inputs) for node in group]
                 made = _RUNNERS[name_of(group[0].op)](group, inputs, run)
             values |= zip((node.number for node in group), made, strict=True)
-        wanted = set(self._wanted(labels))
-        ends = [
-            (spec, [values[number].data for number in numbers])
-            for spec, numbers in zip(self.features, self._graph.ends, strict=True)
-            if spec in wanted
-        ]
+        ends = [(spec, [values[number].data for number in numbers]) for spec, numbers in self._ends[labels]]
         device = next((column.device for column in columns.values()), torch.device("cpu"))
         return pack(ends, raw.num_samples, device)
 

@@ -43,6 +43,8 @@ class Node:
     column: str | None
     aligned: bool
     """Whether its outermost entries are still entries of the source column, in order."""
+    tracked: bool = False
+    """Whether a later op asks which entries of the source these are."""
     features: list[str] = field(default_factory=list)
 
     @property
@@ -66,6 +68,10 @@ class Graph:
         self._specs = _by_name(self.features)
         self._open: list[str] = []
         self.ends = [self._chain(spec) for spec in self.features]
+        for node in reversed(self.nodes):  # inputs come before what they go into
+            asks = node.tracked or (not isinstance(node.op, Source) and bool(columns_of(node.op)))
+            for number in node.inputs:
+                self.nodes[number].tracked |= asks
 
     def required_columns(self, features: Sequence[FeatureSpec]) -> tuple[str, ...]:
         """Return the columns that these features need, in order of first need."""
@@ -102,7 +108,7 @@ class Graph:
         """
         needed = self.needed(features)
         types: dict[int, ValueType] = {}
-        for node in self.nodes:  # inputs come before what they go into
+        for node in self.nodes:
             if node.number in needed:
                 types[node.number] = self._type_of(node, types, columns)
         wanted = set(features)
@@ -151,7 +157,7 @@ class Graph:
 
     def _side(self, name: str, spec: FeatureSpec) -> int:
         """Return the node that a Cross means by a name: a feature's end, else a column."""
-        other = self._specs.get(name)
+        other = self._specs.get(name) if name != spec.name else None  # a feature's own name means its column
         if other is None:
             return self._add(Source(name, None), (), spec)
         ends = self._chain(other)

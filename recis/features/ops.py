@@ -141,13 +141,18 @@ class Vocab:
 class Lookup:
     """Index of the equal key of a map, whose keys are all strings or all integers; else `unknown`, counted."""
 
-    map: tuple[tuple[str | int, int], ...]
-    """Given as a mapping or as pairs."""
+    map: Mapping[str, int] | Mapping[int, int] | tuple[tuple[str | int, int], ...]
+    """Given as a mapping or as pairs; kept as pairs."""
     unknown: int = 0
 
-    def __post_init__(self) -> None:
+    @property
+    def pairs(self) -> tuple[tuple[str | int, int], ...]:
+        """(key, index) in the order given."""
         pairs = self.map.items() if isinstance(self.map, Mapping) else self.map
-        pairs = tuple((key, value) for key, value in pairs)
+        return tuple((key, index) for key, index in pairs)
+
+    def __post_init__(self) -> None:
+        pairs = self.pairs
         object.__setattr__(self, "map", pairs)
         keys = [key for key, _ in pairs]
         if not all(isinstance(key, str) for key in keys) and not all(type(key) is int for key in keys):

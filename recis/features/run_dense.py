@@ -97,13 +97,12 @@ def _flat(nodes, values: Sequence[Value], dtype: torch.dtype, compute, parameter
 
 
 def _parameters(nodes: Sequence[Node], names: Sequence[str], repeats: Sequence[int], like: Tensor) -> list[Tensor]:
-    counts = torch.tensor(repeats, device=like.device)
     out = []
     for name in names:
         numbers = [getattr(node.op, name) for node in nodes]
         numbers = [_OPEN[name] if number is None else number for number in numbers]
-        table = torch.tensor(numbers, dtype=like.dtype, device=like.device)
-        out.append(table.repeat_interleave(counts, output_size=sum(repeats)))
+        parts = [like.new_full((count,), number) for number, count in zip(numbers, repeats, strict=True)]
+        out.append(torch.cat(parts))
     return out
 
 

@@ -54,7 +54,7 @@ def run_truncate(nodes: Sequence[Node], inputs: Inputs, run: Run) -> list[Value]
     out = []
     for node, (value,), part, (starts, lengths) in zip(nodes, inputs, made, cuts, strict=True):
         kept = value.kept
-        if node.op.level == 0:
+        if node.op.level == 0 and node.tracked:
             kept = (
                 _run_positions(starts, lengths) if kept is None else take_runs(kept, starts, lengths, part.num_values)
             )

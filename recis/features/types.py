@@ -77,8 +77,8 @@ def result_type(op: ops.Op, inputs: Sequence[ValueType], where: str) -> ValueTyp
     match op:
         case ops.Hash() | ops.Vocab() | ops.Lookup():
             _need(first, ("string", "id"), where, "Bucketize makes ids of numbers")
-            if isinstance(op, ops.Lookup) and op.map and first.kind != "any":
-                key = "string" if isinstance(op.map[0][0], str) else "id"
+            if isinstance(op, ops.Lookup) and op.pairs and first.kind != "any":
+                key = "string" if isinstance(op.pairs[0][0], str) else "id"
                 _need(first, (key,), where, "the keys of its map must be of the column's kind")
             return replace(first, kind="id")
         case ops.Mod() | ops.MultiHash():

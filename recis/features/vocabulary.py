@@ -84,8 +84,8 @@ def open_vocabulary(op: Vocab | Lookup) -> Vocabulary:
     """
     if isinstance(op, Vocab):
         return Vocabulary(f"vocabulary {op.path}", _read_lines(op.path), None, op.unknown)
-    entries = JaggedTensor.from_strings([str(key) for key, _ in op.map])
-    indices = torch.tensor([index for _, index in op.map], dtype=torch.int64)
+    entries = JaggedTensor.from_strings([str(key) for key, _ in op.pairs])
+    indices = torch.tensor([index for _, index in op.pairs], dtype=torch.int64)
     return Vocabulary("Lookup map", entries, indices, op.unknown)
 
 

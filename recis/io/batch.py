@@ -48,6 +48,33 @@ class RawBatch:
     origin: RowOrigin | None = None
     ends_step: bool = True
 
+    def tensor(self, name: str) -> Tensor:
+        """Return a dense column: [B] or [B, width].
+
+        Raises:
+            ConfigError: there is no such column, or it is jagged.
+        """
+        column = self._column(name)
+        if not isinstance(column, Tensor):
+            raise ConfigError(f"column {name!r} is jagged: use batch.jagged({name!r})")
+        return column
+
+    def jagged(self, name: str) -> JaggedTensor:
+        """Return a column of ids, lists or strings, B bags.
+
+        Raises:
+            ConfigError: there is no such column, or it is dense.
+        """
+        column = self._column(name)
+        if isinstance(column, Tensor):
+            raise ConfigError(f"column {name!r} is dense: use batch.tensor({name!r})")
+        return column
+
+    def _column(self, name: str) -> Tensor | JaggedTensor:
+        if name not in self.columns:
+            raise ConfigError(f"no column {name!r} in the batch; {nearest(name, self.columns)}")
+        return self.columns[name]
+
     def locate(self, row: int) -> tuple[str | None, str | None, int]:
         """Return (file, unit, row inside the unit) of a sample; (None, None, row) when the origin is unknown."""
         if self.origin is None:

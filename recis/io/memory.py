@@ -4,10 +4,10 @@
     shuffle    two blocks per lane, one being delivered and one ready; three more per thread while one is joined and permuted
     prefetch   the steps that are ready, and one more in the making
 
-Sizes are estimates from the files' own figures and a probe of the first rows. Two fifths of the limit are kept back for what
-decoders and allocators hold beside them (measured: up to a third). The interpreter and torch come on top of the limit.
-What cannot fit is an error before the first batch that states the need, the limit and settings that fit; what fits tightly
-only makes chunks and prefetch smaller.
+Sizes are estimates from the files' own figures and a probe of the first rows. Decoders and allocators hold memory beside
+them: measured, some 20 MiB and up to two thirds more, so that much of the limit is not planned with. The interpreter and
+torch come on top of the limit. What cannot fit is an error before the first batch that states the need, the limit and
+settings that fit; what fits tightly only makes chunks and prefetch smaller.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,9 @@ from recis.io.source import Source
 
 MAX_CHUNK_ROWS = 65536
 MIN_CHUNK_ROWS = 64
-USABLE = 0.6  # share of the limit that is planned with
+OVERHEAD_BYTES = 24 * MIB  # not planned with, and of the rest only this share:
+USABLE_SHARE = 0.55
+LEAST_SHARE = 0.4  # of a limit so small that nothing would be left
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def plan_memory(
     Raises:
         ConfigError: the least that is needed is above the limit.
     """
-    limit = USABLE * config.memory_limit_mib * MIB
+    limit = usable_bytes(config.memory_limit_mib)
     busy = [units for units in lanes if units]
     largest = sorted((unit.open_bytes for unit in source.units), reverse=True)
     opened = sum(largest[: len(busy)])  # of any order of the units, so that no later epoch needs more than the first
@@ -68,6 +70,12 @@ def plan_memory(
     return MemoryPlan(chunk_rows=min(MAX_CHUNK_ROWS, most, max(wanted, 4096)), prefetch_steps=prefetch)
 
 
+def usable_bytes(memory_limit_mib: int) -> float:
+    """Return how much of a memory limit is planned with."""
+    limit = memory_limit_mib * MIB
+    return max(LEAST_SHARE * limit, USABLE_SHARE * (limit - OVERHEAD_BYTES))
+
+
 def block_rows(config: DataConfig) -> int:
     """Return the rows in the shuffle buffer of one lane."""
     return max(1, -(-config.shuffle_rows // config.num_lanes))
@@ -77,10 +85,10 @@ def _too_much(config: DataConfig, opened: float, shuffle: float, step: float, le
     parts = (
         f"{num_busy} open units {opened / MIB:.1f}, shuffle buffers {shuffle / MIB:.1f}, two steps {2 * step / MIB:.1f}"
     )
-    needed = int(least / USABLE / MIB) + 1
+    needed = int(min(least / LEAST_SHARE, least / USABLE_SHARE + OVERHEAD_BYTES) / MIB) + 1
     ways = [f"memory_limit_mib={needed}"]
     if opened >= max(shuffle, 2 * step) and num_busy > 1:
-        room = max(0.0, USABLE * config.memory_limit_mib * MIB - shuffle - 2 * step)
+        room = max(0.0, usable_bytes(config.memory_limit_mib) - shuffle - 2 * step)
         ways.append(f"num_lanes={max(1, int(num_busy * room / opened * 0.9))} or less")
     elif shuffle >= 2 * step:
         ways.append("a smaller shuffle_rows")

@@ -6,8 +6,10 @@ memory-mapped: mapped pages would count as resident memory and stay.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from recis.io.files import File, Unit
 
 READ_BUFFER = 64 * 1024  # bytes read at once per column; smaller pages than this are read as they are
 PAGE_BYTES = 1024 * 1024  # what writers aim at for a data page and for a dictionary page
+FOOTER_BYTES = 4 * 1024 * 1024  # footers kept, as they are in the files
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "FIXED_LEN_BYTE_ARRAY": 16}
 _BROKEN = "write the file again; it is damaged or not finished"
 
@@ -34,6 +37,8 @@ class ParquetFormat:
         self._sources = frozenset(sources)
         self._time_column = time_column
         self._time_scale = time_scale
+        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._footers_lock = Lock()
 
     def inspect(self, file: File) -> tuple[pa.Schema, list[Unit]]:
         """Return the schema of a file and its row groups that have rows."""
@@ -73,7 +78,14 @@ class ParquetFormat:
     def read(self, unit: Unit, sources: Sequence[str], *, first_row: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
         """Yield the rows of a row group from `first_row` on."""
         with _errors(unit.file, unit.label), unit.file.open_arrow() as handle:
-            parquet = pq.ParquetFile(handle, buffer_size=READ_BUFFER, pre_buffer=False, page_checksum_verification=True)
+            parquet = pq.ParquetFile(
+                handle,
+                metadata=self._footer(unit.file),
+                buffer_size=READ_BUFFER,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            )
+            self._keep_footer(unit.file, parquet.metadata)
             batches = parquet.iter_batches(
                 batch_size=batch_rows, row_groups=[unit.index], columns=list(sources), use_threads=False
             )
@@ -86,6 +98,22 @@ class ParquetFormat:
                 raise DataError(
                     f"{seen} rows read, {unit.rows} announced", file=unit.file.url, unit=unit.label, option=_BROKEN
                 )
+
+    def _footer(self, file: File) -> pq.FileMetaData | None:
+        """The footer of a file, if it is kept: parsed, it is many times its size, and lanes often read one file at once."""
+        with self._footers_lock:
+            footer = self._footers.get(file.url)
+            if footer is not None:
+                self._footers.move_to_end(file.url)
+            return footer
+
+    def _keep_footer(self, file: File, footer: pq.FileMetaData) -> None:
+        """Keep the footers used last, FOOTER_BYTES of them and always one."""
+        with self._footers_lock:
+            self._footers[file.url] = footer
+            self._footers.move_to_end(file.url)
+            while len(self._footers) > 1 and sum(f.serialized_size for f in self._footers.values()) > FOOTER_BYTES:
+                self._footers.popitem(last=False)
 
 
 @contextmanager

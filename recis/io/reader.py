@@ -22,7 +22,7 @@ from recis.io.assemble import BadRow, Made
 from recis.io.batch import RawBatch
 from recis.io.config import DataConfig
 from recis.io.feed import Feed, Split, is_stream
-from recis.io.files import check_same_files, resolve
+from recis.io.files import check_same_files, fingerprint, resolve
 from recis.io.follow import Watcher
 from recis.io.lanes import check_split
 from recis.io.position import FORMAT, VERSION, check_micro_batch, check_state, lane_places, order_of
@@ -127,6 +127,11 @@ class Reader:
         """Optimizer steps of one epoch, the same on every rank; None where that is not known."""
         total, size = self.num_samples, self.config.batch_size
         return None if total is None else (total // size if self.config.drop_last else -(-total // size))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file list being read; equal on all ranks, or they must not train together."""
+        return fingerprint([] if self._source is None else self._source.files())
 
     @property
     def micro_batch_size(self) -> int:

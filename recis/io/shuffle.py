@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
+from recis.errors import DataError
 from recis.io.lanes import permutation
 from recis.io.source import Source
 
@@ -72,8 +73,15 @@ def shuffled(
 
 
 def join(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
-    """Return the rows of all batches as one batch; no copy where there is only one."""
+    """Return the rows of all batches as one batch; no copy where there is only one.
+
+    Raises:
+        DataError: a column of strings or lists has more than 2**31 - 1 bytes or entries in it.
+    """
     if len(batches) == 1:
         return batches[0]
     joined = pa.Table.from_batches(batches, schema).combine_chunks().to_batches()
+    if len(joined) > 1:
+        option = "use a smaller batch_size or shuffle_rows"
+        raise DataError("more than 2**31 - 1 entries of one column in a step or shuffle block", option=option)
     return joined[0] if joined else pa.RecordBatch.from_pylist([], schema)

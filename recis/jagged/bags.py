@@ -150,13 +150,6 @@ class JaggedTensor:
         values = self.values.to(device, non_blocking=non_blocking)
         return JaggedTensor._trusted(values, lengths=moved[0], offsets=moved[1], weights=moved[2])
 
-    def pin_memory(self) -> "JaggedTensor":
-        """Return a copy in page-locked memory, from which `.to("cuda", non_blocking=True)` overlaps."""
-        pinned = [
-            None if field is None else field.pin_memory() for field in (self._lengths, self._offsets, self.weights)
-        ]
-        return JaggedTensor._trusted(self.values.pin_memory(), lengths=pinned[0], offsets=pinned[1], weights=pinned[2])
-
     def to_padded(self, *, max_length: int | None = None, fill: float = 0) -> Tensor:
         """Return rows [B, T] or [B, T, D]; longer bags keep their first T entries, shorter ones end in `fill`.
 

@@ -272,14 +272,6 @@ class KeyedJaggedTensor:
             offset_per_key=self._offset_per_key,
         )
 
-    def pin_memory(self) -> "KeyedJaggedTensor":
-        """Return a copy in page-locked memory, from which `.to("cuda", non_blocking=True)` overlaps."""
-        fields = (self.values, self._lengths, self._offsets, self.weights)
-        values, lengths, offsets, weights = (None if field is None else field.pin_memory() for field in fields)
-        return KeyedJaggedTensor._trusted(
-            self.keys, values, lengths=lengths, offsets=offsets, weights=weights, stride=self.stride
-        )
-
     def to_torchrec(self) -> Any:
         """Return TorchRec's KeyedJaggedTensor over the same storage (values, lengths, weights).
 

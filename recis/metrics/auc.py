@@ -28,7 +28,9 @@ def signed_rows(rows: Rows) -> tuple[np.ndarray, ...]:
     signed = rows.label.astype(np.float64)
     signed *= 2.0
     signed -= 1.0
-    columns = [rows.score + 0.0, signed]  # + 0.0 makes -0.0 a plain 0
+    score = rows.score if rows.owns_score else rows.score.copy()
+    score += 0.0  # makes -0.0 a plain 0
+    columns = [score, signed]
     if rows.group is not None:
         columns.insert(0, rows.group.copy())
     if rows.weight is not None:
@@ -42,7 +44,7 @@ def signed_rows(rows: Rows) -> tuple[np.ndarray, ...]:
 class ExactAuc(Metric):
     """Weighted AUC with ties counted half; NaN while one class is missing."""
 
-    memory_mib: int = 256
+    memory_mib: int = 512
     """Memory for rows; beyond it sorted runs go to the temporary folder."""
 
     uses_weights: ClassVar[bool] = True

@@ -148,7 +148,8 @@ class Metric(ABC):
             group = _column(groups, "groups", torch.int64)
             if group.size != score.size:
                 raise ValueError(f"{self.key}: {score.size} scores need as many groups; got {group.size}")
-        return Rows(score=score, label=label, weight=weight, group=group)
+        owns_score = score.ctypes.data != torch.as_tensor(scores).data_ptr()
+        return Rows(score=score, owns_score=owns_score, label=label, weight=weight, group=group)
 
     def _check_labels(self, label: np.ndarray) -> None:
         if self.binary_labels:
@@ -169,6 +170,8 @@ class Rows:
 
     score: np.ndarray
     """[N] float64, no NaN."""
+    owns_score: bool
+    """Whether score is a copy already."""
     label: np.ndarray
     """[N] float32 or float64."""
     weight: np.ndarray | None

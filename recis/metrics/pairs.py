@@ -7,9 +7,11 @@ negative weight counts all pairs. The pass adds in row order, in float64: cuttin
 same bits.
 
 Sorting dominates. Unweighted rows whose scores are float32 numbers - all a model gives - fit one word, `group 31 bits |
-score 32 | label 1`, and numpy's vectorised sort of words is some ten times faster than sorting three columns; the groups are
-cut in two halves for two threads.
+score 32 | label 1`, and numpy's vectorised sort of words is some ten times faster than sorting three columns; each thread takes
+a share of the groups.
 """
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -104,23 +106,26 @@ def packed_counts(
         signed: [N] float64, the sign is the label.
     """
     if groups is None:
-        index, ids = np.zeros(0, np.int32), np.zeros(1, np.int64)
+        index, ids = np.zeros(scores.size, np.int32), np.zeros(1, np.int64)
     else:
         index, ids = dense_groups(groups)
-    words = np.empty(scores.size, np.uint64)
-    middle = (len(ids) + 1) // 2 if num_threads() > 1 and scores.size >= _MIN_SPLIT_ROWS else len(ids)
-    cut = _pack(index, scores, signed, middle, words)
-    if cut < 0:
-        return None
     counts = np.zeros((len(ids), 3))
+    num_parts = num_threads() if scores.size >= _MIN_SPLIT_ROWS else 1
+    bounds = [len(ids) * part // num_parts for part in range(num_parts + 1)]
+    misfits: list[int] = []
 
-    def sort_and_fold(part: int, _: int) -> None:
-        piece = words[:cut] if part == 0 else words[cut:]
-        piece.sort()
-        _fold_words(piece, counts)
+    def count(first: int, last: int) -> None:
+        words = np.empty(scores.size, np.uint64)
+        used = _pack(index, scores, signed, first, last, words)
+        if used < 0:
+            misfits.append(first)
+            return
+        words = words[:used]
+        words.sort()
+        _fold_words(words, counts)
 
-    run_parts(sort_and_fold, [(0, 1), (1, 2)] if cut < words.size else [(0, 1)])
-    return ids, counts
+    run_parts(count, list(pairwise(bounds)))
+    return None if misfits else (ids, counts)
 
 
 def dense_groups(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,43 +201,46 @@ def _home(group, bits):
 
 
 @njit
-def _pack(index, scores, signed, middle, words):
-    """Write words of groups below `middle` from the front, the others from the back; return where they meet, -1 = no fit."""
-    front, back = 0, words.size
+def _pack(index, scores, signed, first, last, words):
+    """Write the words of rows in groups first..last - 1; return how many, or -1 when some row does not fit a word."""
+    used = 0
+    misfit = False
     for i in range(scores.size):
         narrow = np.float32(scores[i])
         weight = signed[i]
-        if np.float64(narrow) != scores[i] or (weight != 1.0 and weight != -1.0):
-            return -1
-        group = np.int64(index[i]) if index.size else np.int64(0)
+        misfit |= (np.float64(narrow) != scores[i]) | (abs(weight) != 1.0)  # an early return would cost half the speed
+        group = np.int64(index[i])
         bits = narrow.view(np.int32)
         # as unsigned numbers these order like the floats: flip all bits of negatives, only the sign of the others
         order = np.uint64(np.uint32(bits ^ ((bits >> 31) | np.int32(-0x80000000))))
-        word = (np.uint64(group) << np.uint64(33)) | (order << np.uint64(1)) | np.uint64(weight > 0)
-        words[front] = word  # written at both ends, one of which moves on: no branch to guess wrong
-        words[back - 1] = word
-        is_front = np.int64(group < middle)
-        front += is_front
-        back -= 1 - is_front
-    return front
+        words[used] = (np.uint64(group) << np.uint64(33)) | (order << np.uint64(1)) | np.uint64(weight > 0)
+        used += np.int64(first <= group) & np.int64(group < last)  # no branch to guess wrong
+    return -1 if misfit else used
 
 
 @njit
 def _fold_words(words, counts):
-    """Add each group's (positive, negative, wins) to its row of counts; words are sorted. Counts below 2^53 are exact."""
+    """Write each group's (positive, negative, wins) into its row of counts; words are sorted.
+
+    Tied negatives sort before tied positives, so at a positive row all of them are counted: 2 per negative so far, less
+    1 per tied one, is twice its wins. Whole numbers throughout.
+    """
     one = np.uint64(1)
     first = 0
     while first < words.size:
         group = words[first] >> np.uint64(33)
-        positive, negative, wins = 0, 0, 0.0
-        while first < words.size and words[first] >> np.uint64(33) == group:
-            tie = words[first] >> one
-            tie_positive, tie_rows = 0, 0
-            while first < words.size and words[first] >> one == tie:
-                tie_positive += np.int64(words[first] & one)
-                tie_rows += 1
-                first += 1
-            wins += tie_positive * (negative + 0.5 * (tie_rows - tie_positive))
-            positive += tie_positive
-            negative += tie_rows - tie_positive
-        counts[group, 0], counts[group, 1], counts[group, 2] = positive, negative, wins
+        last = first + 1
+        while last < words.size and words[last] >> np.uint64(33) == group:
+            last += 1
+        tie = ~words[first] >> one
+        negative, tied_negative, twice_wins = np.int64(0), np.int64(0), np.int64(0)
+        for i in range(first, last):
+            positive = np.int64(words[i] & one)
+            if words[i] >> one != tie:
+                tie = words[i] >> one
+                tied_negative = 0
+            twice_wins += positive * (2 * negative - tied_negative)
+            tied_negative += 1 - positive
+            negative += 1 - positive
+        counts[group, 0], counts[group, 1], counts[group, 2] = last - first - negative, negative, 0.5 * twice_wins
+        first = last

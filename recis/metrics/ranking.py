@@ -33,7 +33,7 @@ MAX_GAIN_LABEL = 1000.0  # 2^1000 is near the end of float64
 class _RankingMetric(Metric):
     """Keeps (group, -score, row number, label), so that sorting puts each group's rows in rank order."""
 
-    memory_mib: int = field(default=256, kw_only=True)
+    memory_mib: int = field(default=512, kw_only=True)
     """Memory for rows; beyond it sorted runs go to the temporary folder."""
 
     uses_groups: ClassVar[bool] = True

@@ -177,10 +177,17 @@ class _Run:
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="recis-metric-")  # noqa: SIM115 - lives as long as the run
 
     def write(self, start: int, columns: Columns) -> None:
-        for index, column in enumerate(columns):
-            self._file.seek((index * self.num_rows + start) * _ITEM_BYTES)
-            self._file.write(np.ascontiguousarray(column).data)
-        self._file.flush()
+        try:
+            for index, column in enumerate(columns):
+                self._file.seek((index * self.num_rows + start) * _ITEM_BYTES)
+                self._file.write(np.ascontiguousarray(column).data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{tempfile.gettempdir()}: cannot write {self.num_rows * len(columns) * _ITEM_BYTES / 1e6:.0f} MB of metric "
+                f"rows ({error.strerror}); free space, name another folder by TMPDIR, or raise the metric's memory_mib",
+            ) from error
 
     def read(self, start: int, stop: int) -> Columns:
         columns = []

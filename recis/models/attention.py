@@ -16,19 +16,7 @@ from torch import Tensor, nn
 from recis.jagged import JaggedTensor
 from recis.models.layers import MLP, Activation
 from recis_kernels.jagged import bag_of_value
-
-
-def segment_sum(values: Tensor, bags: Tensor, num_bags: int) -> Tensor:
-    """Return the sum [num_bags, ...] of values [L, ...] per bag; bags [L] int64 says which. An empty bag gives zeros."""
-    return values.new_zeros(num_bags, *values.shape[1:]).index_add(0, bags, values)
-
-
-def segment_softmax(scores: Tensor, bags: Tensor, num_bags: int) -> Tensor:
-    """Return the softmax [L] of scores [L] within each bag; bags [L] int64 says which. Stable for large scores."""
-    highest = torch.full((num_bags,), -torch.inf, dtype=scores.dtype, device=scores.device)
-    highest = highest.scatter_reduce(0, bags, scores.detach(), "amax")
-    weights = torch.exp(scores - highest.index_select(0, bags))
-    return weights / segment_sum(weights, bags, num_bags).index_select(0, bags)
+from recis_kernels.segment import segment_softmax, segment_sum
 
 
 class TargetAttention(nn.Module):
@@ -60,10 +48,10 @@ class TargetAttention(nn.Module):
             raise ValueError(f"the sequence must hold vectors [L, {target.shape[1]}]; got {sequence!r}")
         if sequence.num_bags != num_bags:
             raise ValueError(f"{num_bags} targets need as many sequences; got {sequence.num_bags}")
-        bags = bag_of_value(sequence.offsets, keys.shape[0])
-        query = target.index_select(0, bags)
-        scores = self.score(torch.cat([query, keys, query - keys, query * keys], dim=1)).squeeze(1).float()
-        weights = segment_softmax(scores, bags, num_bags) if self.softmax else scores
+        offsets = sequence.offsets.long()
+        query = target.index_select(0, bag_of_value(offsets, keys.shape[0]))
+        scores = self.score(torch.cat([query, keys, query - keys, query * keys], dim=1)).float()
+        weights = segment_softmax(scores, offsets) if self.softmax else scores
         if sequence.weights is not None:
-            weights = weights * sequence.weights
-        return segment_sum(weights.unsqueeze(1) * keys, bags, num_bags)
+            weights = weights * sequence.weights.unsqueeze(1)
+        return segment_sum(weights * keys, offsets)

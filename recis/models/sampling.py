@@ -6,20 +6,20 @@
 
 Without the correction popular items are punished for being drawn often ("logQ correction", Yi et al. 2019,
 doi:10.1145/3298689.3346996; mixed negatives: Yang et al. 2020, doi:10.1145/3366424.3386195). q comes from streaming counts in
-a count-min sketch of fixed size. Draws are counter-based: the only state is how many were made, which `state_dict()`
-carries, so a resumed run draws on as if nothing had happened.
+a count-min sketch of fixed size. Draws are counter-based (Philox): the only state is how many were made, a buffer in the
+model's `state_dict()`, so a resumed run draws on as if nothing had happened.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recis.errors import ConfigError
 from recis.jagged import KeyedJaggedTensor
+from recis_kernels.philox import table_key, words
 
 if TYPE_CHECKING:
     from recis.io.batch import Batch
@@ -191,14 +191,16 @@ class CatalogueSampler(nn.Module):
         seed: of the draws.
 
     Attributes:
-        num_draws: steps drawn so far; the whole state.
+        num_draws: [1] int64, steps drawn so far: a buffer, and the whole state.
     """
+
+    num_draws: Tensor
 
     def __init__(self, negatives: Negatives, catalogue: Callable[[], Catalogue], *, seed: int) -> None:
         super().__init__()
         self.negatives = negatives
-        self.seed = seed
-        self.num_draws = 0
+        self.key = table_key(seed, "negatives")
+        self.register_buffer("num_draws", torch.zeros(1, dtype=torch.int64))
         self._make_catalogue = catalogue
         self._catalogue: Catalogue | None = None
 
@@ -212,20 +214,12 @@ class CatalogueSampler(nn.Module):
     def draw(self, frequency: ItemFrequency) -> tuple[Tensor, Tensor]:
         """Return (places [N] in the catalogue of the drawn items, probabilities p [M] float64 of all items)."""
         p = self.negatives.probabilities(frequency.count(self.catalogue.sorted_ids))
-        rng = np.random.Generator(np.random.Philox(key=self.seed % 2**64, counter=self.num_draws))
+        random = words(self.num_draws, 2 * self.negatives.num, self.num_draws.new_tensor([self.key]), 0).view(-1, 2)
+        uniform = ((random[:, 0] >> 5 << 26) + (random[:, 1] >> 6)).double() * 2**-53  # 53 bits, in [0, 1)
         self.num_draws += 1
         steps = p.cumsum(0)
-        draws = torch.from_numpy(rng.random(self.negatives.num)).to(steps.device)
-        places = torch.searchsorted(steps, draws * steps[-1], right=True)
+        places = torch.searchsorted(steps, uniform * steps[-1], right=True)
         return places.clamp(max=len(p) - 1), p
-
-    def get_extra_state(self) -> Tensor:
-        """Return num_draws, for `state_dict()`."""
-        return torch.tensor(self.num_draws)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Go on with the draw after those counted in `state`."""
-        self.num_draws = int(state)
 
 
 def one_id_per_row(sparse: KeyedJaggedTensor, key: str) -> Tensor:

@@ -9,8 +9,9 @@ by the log of its expected number among the candidates (`recis.models.sampling`)
                            -inf where one of them is the sample's own item again
 
 so `recis.models.losses.softmax_loss` is -log softmax of column 0, and a sample whose label is 0 only lends its item as a
-negative. Evaluated, the output is the plain logit [B, 1]. Pass `score=positive_score` to the trainer: metrics then see column
-0 in both. Negatives come from the micro-batch, so accumulation is not the big batch here.
+negative. Evaluated, the output is the plain logit [B, 1] (whose softmax loss says nothing: it is 0). Pass
+`score=positive_score` to the trainer: metrics then see column 0 in both. Negatives come from the micro-batch, so accumulation
+is not the big batch here.
 """
 
 from collections.abc import Callable
@@ -118,6 +119,11 @@ class TwoTower(nn.Module):
         out = out.float()
         return F.normalize(out, dim=1) if self.config.normalize else out
 
+    def _products(self, users: Tensor, items: Tensor) -> Tensor:
+        """Return every <u, v> / temperature [B, N] in float32: bfloat16 would round away what the temperature spreads."""
+        with torch.autocast(users.device.type, enabled=False):
+            return users @ items.T / self.config.temperature
+
     def forward(self, batch: "Batch") -> Tensor:
         users, items = self.user_vectors(batch), self.item_vectors(batch)
         own = (users * items).sum(1, keepdim=True) / self.config.temperature
@@ -134,7 +140,7 @@ class TwoTower(nn.Module):
             expected = expected + num * torch.where(known, p[place], 0.0).float()
             drawn = self._drawn(users, ids, places, len(ids), num * p[places].float())
         correction = expected.log()
-        others = users @ items.T / self.config.temperature - correction
+        others = self._products(users, items) - correction
         others = others.masked_fill(ids[:, None] == ids, -torch.inf)
         columns = [own - correction[:, None], others]
         return torch.cat([*columns, drawn] if drawn is not None else columns, dim=1)
@@ -145,7 +151,7 @@ class TwoTower(nn.Module):
         catalogue = self.sampler.catalogue
         drawn_ids = catalogue.sorted_ids[places]
         expected = expected + num_samples * self.frequency.share(drawn_ids)
-        logits = users @ self.item_vectors(catalogue.select(places)).T / self.config.temperature - expected.log()
+        logits = self._products(users, self.item_vectors(catalogue.select(places))) - expected.log()
         return self.sampler.negatives.keep(logits.masked_fill(ids[:, None] == drawn_ids, -torch.inf))
 
 

@@ -1,10 +1,10 @@
 """Row optimizers, learning-rate schedules and gradient clipping.
 
-    Sgd, Adagrad, RowWiseAdagrad, Adam, AdamW, AdamWTF, Ftrl    what a TableConfig's `optimizer` can be
-    SparseOptimizer                                             updates the touched rows of all tables
-    clip_grad_norm                                              one norm over dense and sparse gradients
-    RowGradBuffer                                               sums row gradients by hand
-    constant, linear, cosine                                    schedules for dense and sparse optimizers alike
+Sgd, Adagrad, RowWiseAdagrad, Adam, AdamW, AdamWTF, Ftrl    what a TableConfig's `optimizer` can be
+SparseOptimizer                                             updates the touched rows of all tables
+clip_grad_norm                                              one norm over dense and sparse gradients
+RowGradBuffer                                               sums row gradients by hand
+Constant, Linear, Cosine                                    schedules for dense and sparse optimizers alike
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from recis.optim.apply import SparseOptimizer
     from recis.optim.clip import clip_grad_norm
     from recis.optim.config import Adagrad, Adam, AdamW, AdamWTF, Ftrl, RowOptimizer, RowWiseAdagrad, Sgd
-    from recis.optim.schedule import Constant, Cosine, Linear, Schedule
+    from recis.optim.schedule import Constant, Cosine, Linear, Schedule, build_schedule
 
 _HOME = {
     "RowGradBuffer": "accumulate",
@@ -35,6 +35,7 @@ _HOME = {
     "Cosine": "schedule",
     "Linear": "schedule",
     "Schedule": "schedule",
+    "build_schedule": "schedule",
 }
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Cosine",
     "Linear",
     "Schedule",
+    "build_schedule",
 ]
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from recis.errors import ConfigError
 from recis_kernels.row_rules import (
     ADAGRAD,
@@ -69,8 +71,8 @@ class RowOptimizer:
         Raises:
             ConfigError: a value in the group breaks the rules of this optimizer.
         """
-        changed = replace(self, **{name: group[name] for name in self.param_group()})
-        if changed.rule is not self.rule and changed.rule != self.rule:
+        changed = replace(self, **{name: _plain(group[name]) for name in self.param_group()})
+        if changed.rule != self.rule:
             raise ConfigError(
                 f"{type(self).__name__}: the rows were laid out for {self.rule.name!r}, the param group now asks for "
                 f"{changed.rule.name!r}; set momentum in the TableConfig, not in the param group"
@@ -84,6 +86,11 @@ class RowOptimizer:
         value = getattr(self, field)
         if not (holds and all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,)))):
             raise ConfigError(f"{type(self).__name__}: {field} must be {rule}; got {value}")
+
+
+def _plain(value: Any) -> Any:
+    """Return the number in a one-element tensor (torch allows lr to be one); anything else as it is."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,8 +211,10 @@ class AdamWTF(Adam):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ftrl(RowOptimizer):
-    """FTRL-proximal: l1 sets weights to exactly 0. It keeps w as a function of n and z: a new row's first update forgets
-    its initial weights but for their part in z."""
+    """FTRL-proximal: l1 sets weights to exactly 0.
+
+    w is a function of n and z: a new row's first update keeps its initial weights only as far as they entered z.
+    """
 
     beta: float = 1.0
     l1: float = 0.0

@@ -21,7 +21,7 @@ from recis.checkpoint import list_checkpoints, read_manifest
 from recis.embedding import AfterSightings, TableConfig, TtlSteps
 from recis.errors import ConfigError
 from recis.features import Cross, FeatureSpec, Hash, Log
-from recis.io import DataConfig, Dense, Ids, Label, Strings
+from recis.io import DataConfig, Dense, Group, Ids, Label, Strings
 from recis.metrics import Calibration, ExactAuc, Gauc, LogLoss, Ne
 from recis.models.deepfm import DeepFMConfig
 from recis.models.inputs import DenseInput
@@ -42,6 +42,7 @@ COLUMNS = (
     Ids("history_items"),
     Ids("history_categories"),
     Label("click"),
+    Group("user_group", source="user_id"),
 )
 FEATURES = (
     FeatureSpec(name="user", kind="sparse", source="user_id"),
@@ -58,7 +59,7 @@ FEATURES = (
     FeatureSpec(name="log_price", kind="dense", source="price", ops=(Log(0.01),)),
     FeatureSpec(name="log_age", kind="dense", source="item_age_days", ops=(Log(1.0),)),
     FeatureSpec(name="click", kind="label"),
-    FeatureSpec(name="user_group", kind="group", source="user_id"),
+    FeatureSpec(name="user_group", kind="group"),
 )
 KILL_STEPS = 60  # length of the two small runs that show exact resume
 KILL_AFTER_STEP = 20

@@ -29,7 +29,7 @@ from recis.io.batch import Batch
 from recis.metrics import Calibration, ExactAuc, LogLoss, Ne
 from recis.models.inputs import DenseInput, PooledInputs
 from recis.models.layers import MLP, FactorizationMachine
-from recis.optim import Adam, CosineDecay
+from recis.optim import Adam, Cosine
 from recis.trainer import DenseAdamW, TrainConfig, Trainer
 
 NUMBERS = (
@@ -146,7 +146,7 @@ def make_config(path: Path, table: pa.Table, *, seed: int) -> TrainConfig:
         score=mean_probability,
         metrics=(ExactAuc(), LogLoss(), Ne(), Calibration()),
         dense_optimizer=DenseAdamW(lr=2e-3, weight_decay=1e-4),
-        schedule=CosineDecay(total_steps=steps),
+        schedule=Cosine(total_steps=steps),
         epochs=EPOCHS,
         seed=seed,
     )

@@ -53,6 +53,12 @@ def all_tables(sets: Sequence[TableSet]) -> dict[str, HashTable]:
     return tables
 
 
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name; an empty one where there are none, as torch's optimizers want one."""
+    found = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return found or {"none": nn.Parameter(torch.empty(0))}
+
+
 def named_optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Any]:
     """Return an optimizer's state by parameter name; `names` in the order of its parameters."""
     state = optimizer.state_dict()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recis.errors import ConfigError
 from recis.models.losses import binary_loss
+from recis.optim.schedule import Schedule
 
 if TYPE_CHECKING:
     from recis.trainer.trainer import Trainer
@@ -137,7 +138,7 @@ class InitFrom:
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise ValueError("InitFrom: paths must name at least one checkpoint; got none")
+            raise ConfigError("InitFrom: paths must name at least one checkpoint; got none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +154,8 @@ class TrainConfig:
     """Feature specs for recis.features.FeatureEngine; the same engine serves training, evaluation and prediction."""
     eval_data: Any = None
     """As train_data; read from its start at each evaluation. None: no evaluation."""
-    tasks: tuple[str, ...] = ("label",)
-    """One name per label column; with several, metrics are called `<task>.<metric>`."""
+    tasks: tuple[str, ...] = ()
+    """One name per label column; of several, metrics are `<task>.<metric>`. (): the names of the label features."""
     loss: Callable[[Any, Any], Tensor] = binary_loss
     """loss(output of the model, batch) -> scalar, *summed* over samples by their weights."""
     score: Callable[[Any], Tensor] = torch.sigmoid
@@ -163,8 +164,8 @@ class TrainConfig:
     """Metric objects of recis.metrics; copied, never changed."""
 
     dense_optimizer: DenseOptimizer = DenseAdamW()
-    schedule: Any = None
-    """A schedule of recis.optim that scales every learning rate by step; None keeps them."""
+    schedule: Schedule | None = None
+    """Constant, Linear or Cosine of recis.optim: scales every learning rate by step. None keeps them."""
     max_steps: int | None = None
     """Optimizer updates in all, those before a resume included; None: until the data ends."""
     epochs: int | None = None
@@ -187,6 +188,8 @@ class TrainConfig:
     """Steps between checkpoints; None: only one at the end."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept; the best one is kept besides."""
+    delta_saves: int = 0
+    """Checkpoints between two full ones that hold only what changed; 0 writes full ones alone."""
     async_save: bool = True
     """Write checkpoints on a thread while training goes on; what is saved is the state at the step's end."""
     snapshot_memory_mib: int = 1024
@@ -206,9 +209,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         where = f"TrainConfig {self.name!r}"
         if not self.name:
-            raise ValueError("TrainConfig: name must not be empty; it names the run in logs and reports")
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"{where}: tasks must be distinct names, at least one; got {self.tasks}")
+            raise ConfigError("TrainConfig: name must not be empty; it names the run in logs and reports")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"{where}: tasks must be distinct names; got {self.tasks}")
         for field in ("max_steps", "epochs", "eval_every_steps", "save_every_steps"):
             value = getattr(self, field)
             if value is not None and value < 1:
@@ -217,6 +220,8 @@ class TrainConfig:
             value = getattr(self, field)
             if value < 1:
                 raise ConfigError(f"{where}: {field} must be at least 1; got {value}")
+        if self.delta_saves < 0:
+            raise ConfigError(f"{where}: delta_saves must not be negative; got {self.delta_saves}")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(f"{where}: clip_grad_norm must be above 0 or None; got {self.clip_grad_norm}")
         if self.monitor is not None and self.eval_data is None and self.evaluate is None:

@@ -2,15 +2,17 @@
 
     DataConfig --Reader--> RawBatch --FeatureEngine--> Batch;   a Source of one's own delivers RawBatch or Batch itself
 
-The features run in the training thread, so the reader's position is exactly that of the last batch trained on.
+The features run in the training thread, so the reader's position is exactly that of the last batch trained on. Data in
+time windows is read window after window.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from recis.errors import ConfigError
 from recis.features import FeatureEngine
+from recis.io.assemble import BadRow
 from recis.io.batch import Batch, RawBatch
 from recis.io.config import DataConfig
 from recis.io.reader import Reader
@@ -25,57 +27,47 @@ class StepStream:
     Args:
         data: a DataConfig or a Source.
         engine: makes Batch of RawBatch; None when the source delivers Batch.
-        micro_batches: per step.
+        micro_batches: per step. A RawBatch says itself whether it ends its step.
         epochs: in place of the DataConfig's own; None keeps it.
-        shuffle: whether the DataConfig's shuffle buffer is used; evaluation and prediction read in file order.
 
     Raises:
-        ConfigError: `data` is neither, or a Source is asked for another number of epochs.
+        ConfigError: `data` is neither.
     """
 
     def __init__(
-        self,
-        data: Any,
-        engine: FeatureEngine | None,
-        *,
-        micro_batches: int = 1,
-        epochs: int | None = None,
-        shuffle: bool = True,
+        self, data: Any, engine: FeatureEngine | None, *, micro_batches: int = 1, epochs: int | None = None
     ) -> None:
         self._engine = engine
         self._micro_batches = micro_batches
+        self._opened: Reader | None = None
         if isinstance(data, DataConfig):
             if engine is None:
                 raise ConfigError("data given as DataConfig needs `features`, which make a Batch of its columns")
             config = data if epochs is None else replace(data, epochs=epochs)
-            if not shuffle:
-                config = replace(config, shuffle_rows=0, num_lanes=1, drop_last=False)
-            self._source = cast(Source, Reader(config, micro_batches=micro_batches))
-            self._opened = True
+            self._source: Any = Reader(config, micro_batches=micro_batches)
+            self._opened = self._source
         elif isinstance(data, Source):
             self._source = data
-            self._opened = False
         else:
             raise ConfigError(
                 f"data must be a DataConfig or a source with state_dict and load_state_dict; got {type(data).__name__}"
             )
 
+    @property
+    def bad_rows(self) -> tuple[BadRow, ...]:
+        """Rows that were left out so far, the first 1000 (`on_bad_row="skip"`); none where the source does not tell."""
+        return getattr(self._source, "bad_rows", ())
+
     def steps(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of one step after the other until the data ends."""
         waiting: list[Batch] = []
-        for raw in self._source:
-            waiting.append(self._features(raw))
-            ends = raw.ends_step if self._opened else len(waiting) == self._micro_batches
-            if ends:
+        for raw in _all_windows(self._source):
+            waiting.append(_features(raw, self._engine))
+            if raw.ends_step if isinstance(raw, RawBatch) else len(waiting) == self._micro_batches:
                 yield waiting
                 waiting = []
         if waiting:
             yield waiting
-
-    def batches(self) -> Iterator[Batch]:
-        """Yield batch by batch."""
-        for raw in self._source:
-            yield self._features(raw)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last batch that was taken."""
@@ -87,34 +79,72 @@ class StepStream:
 
     def close(self) -> None:
         """Close what this object opened; a source of one's own stays open."""
-        if self._opened:
-            cast(Reader, self._source).close()
-
-    def _features(self, raw: RawBatch | Batch) -> Batch:
-        if isinstance(raw, Batch):
-            return raw
-        if self._engine is None:
-            raise ConfigError("the source delivers RawBatch; give `features`, which make a Batch of its columns")
-        return self._engine.forward(raw)
+        if self._opened is not None:
+            self._opened.close()
 
 
 class FromStart:
-    """A source that is read from its beginning each time, as evaluation does.
+    """Data that is read from its beginning each time, once and in file order, as evaluation and prediction do.
 
-    A Source of one's own is put back to where it stood when this object was made; a DataConfig is opened anew.
+    A Source of one's own is put back to where it stood when this object was made, afterwards too; a DataConfig is opened
+    anew.
+
+    Args:
+        data, engine: as in StepStream.
+        labels: whether labels and weights are needed; without, their columns need not be in the data.
+
+    Attributes:
+        bad_rows: rows that the last reading left out, the first 1000.
     """
 
-    def __init__(self, data: Any, engine: FeatureEngine | None) -> None:
-        self._data = data
+    def __init__(self, data: Any, engine: FeatureEngine | None, *, labels: bool = True) -> None:
         self._engine = engine
-        self._start = None if isinstance(data, DataConfig) or not isinstance(data, Source) else data.state_dict()
+        self._labels = labels
+        self._data: Any = data
+        self._start: dict[str, Any] | None = None
+        self.bad_rows: tuple[BadRow, ...] = ()
+        if isinstance(data, DataConfig):
+            if engine is None:
+                raise ConfigError("data given as DataConfig needs `features`, which make a Batch of its columns")
+            needed = engine.required_columns(labels=labels)
+            columns = tuple(column for column in data.columns if column.name in needed)
+            self._data = replace(data, columns=columns, shuffle_rows=0, num_lanes=1, epochs=1, drop_last=False)
+        elif isinstance(data, Source):
+            self._start = data.state_dict()
+        else:
+            raise ConfigError(f"data must be a DataConfig or a source; got {type(data).__name__}")
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield all batches once, in file order."""
+    def batches(self) -> Iterator[tuple[RawBatch | Batch, Batch]]:
+        """Yield what the data delivers and the Batch made of it, one pair after the other."""
         if self._start is not None:
             self._data.load_state_dict(self._start)
-        stream = StepStream(self._data, self._engine, epochs=1, shuffle=False)
-        try:
-            yield from stream.batches()
-        finally:
-            stream.close()
+            try:
+                yield from self._pairs(self._data)
+            finally:
+                self._data.load_state_dict(self._start)
+            return
+        with Reader(self._data) as reader:
+            try:
+                yield from self._pairs(reader)
+            finally:
+                self.bad_rows = reader.bad_rows
+
+    def _pairs(self, source: Any) -> Iterator[tuple[RawBatch | Batch, Batch]]:
+        for raw in _all_windows(source):
+            yield raw, _features(raw, self._engine, labels=self._labels)
+
+
+def _all_windows(source: Any) -> Iterator[RawBatch | Batch]:
+    """Yield all batches; of a reader with time windows those of one window after the other."""
+    yield from source
+    if isinstance(source, Reader) and source.config.window is not None:
+        while source.advance_window():
+            yield from source
+
+
+def _features(raw: RawBatch | Batch, engine: FeatureEngine | None, *, labels: bool = True) -> Batch:
+    if isinstance(raw, Batch):
+        return raw
+    if engine is None:
+        raise ConfigError("the source delivers RawBatch; give `features`, which make a Batch of its columns")
+    return engine.forward(raw, labels=labels)

@@ -118,15 +118,18 @@ class EarlyStop:
 
 
 class Checkpoint:
-    """Saves every `every_steps`, at each new best evaluation, and at the end."""
+    """Saves every `every_steps`, at each new best evaluation, and at the end.
+
+    A run that the data ends is evaluated after its last step was perhaps saved: then that step is saved once more.
+    """
 
     def __init__(self, *, every_steps: int | None, save: Callable[[], None]) -> None:
         self._every_steps = every_steps
         self._save = save
-        self._saved_step: int | None = None
+        self._saved: tuple[int, int | None] | None = None
 
     def on_train_start(self, state: RunState) -> None:
-        self._saved_step = state.step if state.checkpoint is not None else None
+        self._saved = (state.step, state.last_eval_step) if state.checkpoint is not None else None
 
     def on_step_end(self, state: RunState) -> None:
         due = self._every_steps is not None and state.step % self._every_steps == 0
@@ -137,9 +140,10 @@ class Checkpoint:
         self._save_once(state)
 
     def _save_once(self, state: RunState) -> None:
-        if self._saved_step != state.step:
+        now = (state.step, state.last_eval_step)
+        if self._saved != now:
             self._save()
-            self._saved_step = state.step
+            self._saved = now
 
 
 class Evict:

@@ -22,12 +22,12 @@ class MetricsLog:
         self.path = path
         self._file: TextIO | None = None
 
-    def cut_back(self, step: int) -> int:
-        """Drop the lines after `step` and an unfinished last line; returns how many lines are left."""
+    def cut_back(self, step: int, eval_step: int | None) -> int:
+        """Drop lines after `step`, evaluations after `eval_step` and an unfinished line; return how many are left."""
         if self.path is None or not self.path.exists():
             return 0
         self.close()
-        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _is_kept(line, step, eval_step)]
         part = self.path.with_suffix(".tmp")
         part.write_text("".join(kept))
         part.replace(self.path)
@@ -59,6 +59,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if _step_of(line) < math.inf]
+
+
+def _is_kept(line: str, step: int, eval_step: int | None) -> bool:
+    at = _step_of(line)
+    if at <= step and json.loads(line).get("kind") == "eval":
+        return eval_step is not None and at <= eval_step
+    return at <= step
 
 
 def _step_of(line: str) -> float:

@@ -4,18 +4,20 @@ tables, dense tensors     what the model has learned
 optim                     dense optimizer by parameter name, numbers of the row optimizers
 rng, metrics              generators, states of the training metrics
 reader, schedules         positions
-trainer                   RunState and the step clocks of the tables
+trainer                   RunState, the step clocks of the tables, the feature engine as JSON
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load
+from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load, resolve_chain
+from recis.checkpoint.manifest import step_folder
 from recis.errors import CheckpointError
 from recis.trainer.build import load_named_optimizer_state, named_optimizer_state
 from recis.trainer.config import InitFrom, TrainConfig
 from recis.trainer.randomness import random_state, set_random_state
+from recis.trainer.serialize import differences
 
 if TYPE_CHECKING:
     from recis.trainer.trainer import Trainer
@@ -29,6 +31,14 @@ def make_saver(config: TrainConfig, run: Path) -> Saver:
         snapshot_memory_mib=config.snapshot_memory_mib,
         background=config.async_save,
     )
+
+
+def base_of_next(newest: Path | None, step: int, delta_saves: int) -> Path | None:
+    """Return the checkpoint that one of `step` is a delta to; None where it must be a full one."""
+    if newest is None or delta_saves == 0 or newest.name == step_folder(step):  # that one is about to be replaced
+        return None
+    num_deltas = len(resolve_chain(newest)) - 1
+    return newest if num_deltas < delta_saves else None
 
 
 def boundary(trainer: "Trainer") -> Boundary:
@@ -53,6 +63,7 @@ def boundary(trainer: "Trainer") -> Boundary:
         trainer={
             "run": trainer.state.state_dict(),
             "table_sets": [table_set.state() for table_set in trainer.table_sets],
+            "features": None if trainer.engine is None else trainer.engine.to_json(),
         },
         metrics=trainer.state.metrics,
         config=trainer.config_text,
@@ -64,6 +75,7 @@ def restore(trainer: "Trainer", checkpoint: Path) -> Any:
 
     The checkpoint must have been verified just now.
     """
+    _check_features(trainer, checkpoint)
     loaded = load(checkpoint, into=target(trainer), verify=False)
     _restore_optimizers(trainer, loaded)
     set_random_state(loaded.trees["rng"])
@@ -103,8 +115,15 @@ def start_from(trainer: "Trainer", init: InitFrom) -> None:
 
 
 def load_weights(trainer: "Trainer", path: Path) -> Loaded:
-    """Load tables and dense tensors of a checkpoint, or of the newest whole one of a run."""
-    loaded = load(as_checkpoint(path), into=target(trainer), parts={"weights", "dense"})
+    """Load tables and dense tensors of a checkpoint, or of the newest whole one of a run.
+
+    Raises:
+        ConfigError: the trainer's features are not those that the weights were trained with.
+        CheckpointError: nothing whole is there, or it does not fit the model.
+    """
+    checkpoint = as_checkpoint(path)
+    _check_features(trainer, checkpoint)
+    loaded = load(checkpoint, into=target(trainer), parts={"weights", "dense"})
     for table_set in trainer.table_sets:
         table_set.load_step(loaded.manifest.step)
     return loaded
@@ -123,6 +142,19 @@ def _restore_optimizers(trainer: "Trainer", loaded: Loaded) -> None:
     trainer.sparse_optimizer.load_state_dict(saved["sparse"])
     if loaded.schedules is not None:
         trainer.schedule.load_state_dict(loaded.schedules)
+
+
+def _check_features(trainer: "Trainer", checkpoint: Path) -> None:
+    """Refuse weights that other features, or other vocabulary files, were the input of."""
+    saved = tree.unpack(read_manifest(checkpoint).trainer, {}).get("features")
+    if saved is None or trainer.engine is None:
+        return
+    lines = differences(saved, trainer.engine.to_json())
+    if lines:
+        raise ConfigError(
+            f"{checkpoint}: it was trained with other features: {'; '.join(lines[:6])}; "
+            "use the features and vocabulary files of its run"
+        )
 
 
 def _mark_base(trainer: "Trainer") -> None:

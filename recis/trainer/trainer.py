@@ -20,10 +20,19 @@ from torch import Tensor
 from recis.checkpoint import Loaded, latest, list_checkpoints
 from recis.errors import ConfigError, RecisError
 from recis.features import FeatureEngine
-from recis.io.batch import Batch
+from recis.io.assemble import BadRow
+from recis.io.batch import Batch, RawBatch
 from recis.optim import SparseOptimizer, clip_grad_norm
+from recis.optim.schedule import build_schedule
 from recis.trainer import persist
-from recis.trainer.build import all_tables, build_model, find_collections, nonfinite_features, table_sets
+from recis.trainer.build import (
+    all_tables,
+    build_model,
+    dense_parameters,
+    find_collections,
+    nonfinite_features,
+    table_sets,
+)
 from recis.trainer.config import TrainConfig
 from recis.trainer.data import UNTIL_STOPPED, FromStart, StepStream
 from recis.trainer.hooks import Checkpoint, EarlyStop, Logger, call_hooks, check_hooks
@@ -90,17 +99,20 @@ class Trainer:
         self.collections = find_collections(self.model)
         self.table_sets = table_sets(self.collections)
         self.tables = all_tables(self.table_sets)
-        self.dense_parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.dense_parameters = dense_parameters(self.model)
         self._forward = torch.compile(self.model) if config.compile_dense else self.model
         self.engine = FeatureEngine(config.features) if config.features else None
         self.loss = config.loss
-        self.metrics = MetricSet(config.metrics, config.tasks)
+        own_names = ("label",) if self.engine is None else self.engine.label_keys
+        self.tasks = config.tasks or own_names
+        self.metrics = MetricSet(config.metrics, self.tasks)
         self.dense_optimizer = config.dense_optimizer.build(self.dense_parameters.values())
         self.sparse_optimizer = SparseOptimizer(self.collections)
         self.schedule = build_schedule(config.schedule, (self.dense_optimizer, self.sparse_optimizer))
         self.state = RunState(max_steps=config.max_steps, run=out, model=self.model, tables=self.tables)
         self.stream: StepStream | None = None
         self.reader_state: Any = None
+        self._bad_rows: dict[BadRow, None] = {}
         self._eval_data = None if config.eval_data is None else FromStart(config.eval_data, self.engine)
         self._saver = None if out is None else persist.make_saver(config, out)
         self._log = MetricsLog(None if self._folder is None else self._folder.log_path)
@@ -156,7 +168,8 @@ class Trainer:
                 call_hooks(self._hooks, "on_train_start", state)
                 for micro_batches in self._steps():
                     self.train_step(micro_batches)
-                    if config.eval_every_steps is not None and state.step % config.eval_every_steps == 0:
+                    every = config.eval_every_steps
+                    if self._finished() or (every is not None and state.step % every == 0):
                         self._evaluate_now()
                     call_hooks(self._hooks, "on_step_end", state)
                     self._note_checkpoint(wait=False)
@@ -176,23 +189,47 @@ class Trainer:
         Raises:
             ConfigError: there is no data to evaluate on.
         """
+        return self.measure(data)[1]
+
+    def measure(self, data: Any = None) -> tuple[int, dict[str, float]]:
+        """Return how many samples data has, and what evaluate returns. Raises as evaluate."""
         source = self._eval_data if data is None else FromStart(data, self.engine)
         if source is None:
             raise ConfigError("nothing to evaluate on: give data, or set eval_data in the TrainConfig")
-        metrics = MetricSet(self.config.metrics, self.config.tasks)
+        metrics = MetricSet(self.config.metrics, self.tasks)
         loss_sum = torch.zeros((), dtype=torch.float64)
         weight_sum = torch.zeros((), dtype=torch.float64)
-        for batch, output in self._outputs(source):
+        num_samples = 0
+        for _, batch, output in self._outputs(source):
             loss_sum += self.loss(output, batch).double().cpu()
             weight_sum += batch.weights.sum().double().cpu()
             metrics.update(self.config.score(output), batch)
-        return {"loss": float(loss_sum / weight_sum), **metrics.compute()}
+            num_samples += batch.num_samples
+        return num_samples, {"loss": float(loss_sum / weight_sum), **metrics.compute()}
+
+    def scored(self, data: Any) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield each batch of data with its scores [B, T], in the order of its rows (files sorted by path)."""
+        for _, batch, output in self._outputs(FromStart(data, self.engine)):
+            yield batch, self._scores(output)
 
     def predict(self, data: Any) -> Iterator[Tensor]:
-        """Yield the scores [B, T] of data, batch by batch in the order of its rows (files sorted by path)."""
-        for _, output in self._outputs(FromStart(data, self.engine)):
-            scores = self.config.score(output).float()
-            yield scores.unsqueeze(1) if scores.ndim == 1 else scores
+        """Yield the scores [B, T] of data, batch by batch in the order of its rows (files sorted by path).
+
+        Columns of labels and weights need not be there.
+        """
+        for _, scores in self.predict_raw(data):
+            yield scores
+
+    def predict_raw(self, data: Any) -> Iterator[tuple[RawBatch | Batch, Tensor]]:
+        """Yield what predict yields beside the batch as it was read, which says where its rows came from."""
+        for raw, _, output in self._outputs(FromStart(data, self.engine, labels=False)):
+            yield raw, self._scores(output)
+
+    @property
+    def bad_rows(self) -> tuple[BadRow, ...]:
+        """Input rows that were left out so far (`on_bad_row="skip"`), each once; of each reading the first 1000."""
+        rows = () if self.stream is None else self.stream.bad_rows
+        return tuple(dict.fromkeys((*self._bad_rows, *rows)))
 
     def load(self, path: Path) -> Loaded:
         """Load the weights of a checkpoint, or of the newest whole one of a run: for evaluation and prediction."""
@@ -212,6 +249,7 @@ class Trainer:
                 self._saver.close()
         finally:
             if self.stream is not None:
+                self._bad_rows.update(dict.fromkeys(self.stream.bad_rows))
                 self.stream.close()
                 self.stream = None
             self._log.close()
@@ -254,22 +292,30 @@ class Trainer:
     def _evaluate_now(self) -> None:
         """Evaluate what the config asks for, if it asks, and tell the hooks."""
         state, metrics = self.state, {}
+        if self._eval_data is None and self.config.evaluate is None:
+            return
         if self._eval_data is not None:
             metrics.update(self.evaluate())
         if self.config.evaluate is not None:
             metrics.update(self.config.evaluate(self))
         state.last_eval_step = state.step
-        if metrics:
-            state.metrics = metrics
-            call_hooks(self._hooks, "on_evaluate_end", state)
+        state.metrics = metrics
+        call_hooks(self._hooks, "on_evaluate_end", state)
 
-    def _outputs(self, source: FromStart) -> Iterator[tuple[Batch, Any]]:
+    def _outputs(self, source: FromStart) -> Iterator[tuple[RawBatch | Batch, Batch, Any]]:
         self.model.eval()
         with torch.no_grad():
-            for batch in source.batches():
-                with self._autocast(batch.weights.device.type):
-                    output = self._forward(batch)
-                yield batch, _as_float(output)
+            try:
+                for raw, batch in source.batches():
+                    with self._autocast(batch.weights.device.type):
+                        output = self._forward(batch)
+                    yield raw, batch, _as_float(output)
+            finally:
+                self._bad_rows.update(dict.fromkeys(source.bad_rows))
+
+    def _scores(self, output: Any) -> Tensor:
+        scores = self.config.score(output).float()
+        return scores.unsqueeze(1) if scores.ndim == 1 else scores
 
     def _autocast(self, device: str) -> torch.autocast:
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16_autocast)
@@ -277,11 +323,12 @@ class Trainer:
     def _require_finite(self, loss: Tensor, batch: Batch, step: int) -> None:
         if bool(torch.isfinite(loss)):
             return
+        self._note_checkpoint(wait=True)
         found = nonfinite_features(self.collections, batch)
         where = f"not finite: {', '.join(found)}" if found else "rows, dense features and labels are finite"
         kept = self.state.checkpoint
         raise NonFiniteLossError(
-            f"step {step}: the loss is {float(loss)}; {where}; nothing was updated. "
+            f"step {step}: the loss is {float(loss.detach())}; {where}; nothing was updated. "
             f"Last good checkpoint: {kept if kept is not None else 'none'}; lower the learning rate or set clip_grad_norm"
         )
 
@@ -305,14 +352,15 @@ class Trainer:
         self._note_checkpoint(wait=True)
         self._log.sync()
         protect = () if self.state.best_step is None else (self.state.best_step,)
-        self._saver.save(persist.boundary(self), protect=protect)
-        self._note_checkpoint(wait=False)
+        base = persist.base_of_next(self.state.checkpoint, self.state.step, self.config.delta_saves)
+        self._note(self._saver.save(persist.boundary(self), protect=protect, base=base))
 
     def _note_checkpoint(self, *, wait: bool) -> None:
         """Tell the hooks when a checkpoint has become whole."""
-        if self._saver is None:
-            return
-        whole = self._saver.wait() if wait else self._saver.poll()
+        if self._saver is not None:
+            self._note(self._saver.wait() if wait else self._saver.poll())
+
+    def _note(self, whole: Path | None) -> None:
         if whole is not None:
             self.state.checkpoint = whole
             call_hooks(self._hooks, "on_checkpoint", self.state)
@@ -321,7 +369,7 @@ class Trainer:
         newest = latest(run)
         if newest is not None:
             self.reader_state = persist.restore(self, newest)
-        self._log.cut_back(self.state.step)
+        self._log.cut_back(self.state.step, self.state.last_eval_step)
 
 
 def _as_float(output: Any) -> Any:

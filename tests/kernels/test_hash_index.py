@@ -1,5 +1,8 @@
 """The hash index against a Python dict over random operations, adversarial ids, growth, and the layout's reference."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,6 +13,7 @@ from recis_kernels import hash_index as module
 from recis_kernels import hash_probe as probe
 from recis_kernels.hash_index import HashIndex, erase, find, find_or_insert, insert
 from recis_kernels.philox import hash64
+from recis_kernels.row_blocks import RowBlocks, RowLayout
 
 EXTREMES = [-(2**63), -(2**63) + 1, -2, -1, 0, 1, 2**63 - 2, 2**63 - 1]
 M = 1 << 64
@@ -315,6 +319,14 @@ def test_strided_input_and_empty_calls():
     assert index.erase(none, 0).shape == (0,)
     index.insert(none, 0, none)
     assert index.size(0) == 50
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickle.dumps])
+def test_copies_that_would_share_addresses_are_refused(clone):
+    with pytest.raises(TypeError, match="holds addresses"):
+        clone(new_index())
+    with pytest.raises(TypeError, match="hold addresses"):
+        clone(RowBlocks(RowLayout(2)))
 
 
 @pytest.mark.parametrize(

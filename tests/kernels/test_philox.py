@@ -81,7 +81,7 @@ def test_hash64():
     assert [int(philox.hash64_one(row_id)) for row_id in many.tolist()] == [
         bits % 2**64 for bits in philox.hash64(many).tolist()
     ]
-    with pytest.raises(ValueError, match="ids must be int64; got torch.int32"):
+    with pytest.raises(ValueError, match=r"ids must be int64; got torch\.int32"):
         philox.hash64(ids.int())
 
 

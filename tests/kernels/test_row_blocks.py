@@ -1,5 +1,7 @@
 """Where the parts of a row lie, and that growth moves none of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_layout_is_aligned_and_has_no_overlap(layout):
     for offset, width, dtype in layout.fields().values():
         taken.append((offset, offset + max(width, 1) * dtype.itemsize))
         assert offset % dtype.itemsize == 0
-    assert all(stop <= start for (_, stop), (start, _) in zip(taken[:-1], taken[1:], strict=True))
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(taken))
     assert taken[-1][1] <= layout.row_bytes < taken[-1][1] + 32
     assert layout.row_bytes % 32 == 0
     assert layout.id_offset % 8 == 0
@@ -123,7 +125,7 @@ def test_empty_and_errors():
         blocks.read(torch.tensor([1]), ("bias",))
     with pytest.raises(ValueError, match=r"weight must be \(1, 2\) torch.float32; got \(2,\)"):
         blocks.write(torch.tensor([1]), {"weight": torch.zeros(2)})
-    with pytest.raises(ValueError, match="shift must be 0..31"):
+    with pytest.raises(ValueError, match=r"shift must be 0\.\.31"):
         RowBlocks(RowLayout(2), shift=32)
 
 

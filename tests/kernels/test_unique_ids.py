@@ -1,5 +1,6 @@
 """Distinct pairs: equal to the reference in every array, whatever the threads; and the extremes of int64."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,6 +112,19 @@ def test_order_by_segment_and_signed_id():
     ]
     assert order_by_segment_and_id(ids[:0], segments[:0], 2).tolist() == []
     assert ids[order_by_segment_and_id(ids[[0, 1, 4]], segments[:3], 1)].numel() == 3
+
+
+@pytest.mark.parametrize(("low", "high"), [(-(2**63), 2**63 - 1), (0, 10**6), (-50, 50), (5, 6)])
+def test_argsort_of_a_long_list(low, high, monkeypatch):
+    ids = np.random.default_rng(0).integers(low, high, 70_000)
+    order = module.argsort_ids(ids)
+    assert np.array_equal(np.sort(order), np.arange(70_000))
+    assert np.array_equal(ids[order], np.sort(ids))
+    ids[:2] = -(2**63), 2**63 - 1  # all others crowd in one range
+    assert np.array_equal(ids[module.argsort_ids(ids)], np.sort(ids))
+    monkeypatch.setattr(module, "_BUCKETED_SORT", 1)
+    for short in (ids[:1], ids[:3], ids[2:900]):
+        assert np.array_equal(short[module.argsort_ids(short)], np.sort(short))
 
 
 @pytest.mark.parametrize(

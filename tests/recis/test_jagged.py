@@ -4,6 +4,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recis.jagged import JaggedTensor, KeyedJaggedTensor, ragged_take
 from recis_kernels import checks
@@ -215,6 +217,35 @@ def test_ragged_take_maps_picks_back():
     assert taken.to_lists() == [[3, 2], [5], [9]]  # pick 2 lies past row 1's end, -1 is padding
     jagged = ragged_take(offsets, dropped, JaggedTensor.from_lists([[0], [], [1, 1]]))
     assert jagged.to_lists() == [[2], [], [9, 9]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_sequence_of_operations_matches_dicts_of_lists(data):
+    stride = data.draw(st.integers(0, 4))
+    rows = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3), min_size=stride, max_size=stride)
+    model = {f"f{i}": data.draw(rows) for i in range(data.draw(st.integers(0, 4)))}
+    batch = KeyedJaggedTensor.from_lists(model, stride=stride)
+    for step in data.draw(st.lists(st.sampled_from(["permute", "split", "concat", "rebuild", "pickle"]), max_size=6)):
+        keys = list(model)
+        if step == "permute":
+            order = data.draw(st.permutations(range(len(keys))))[: data.draw(st.integers(0, len(keys)))]
+            batch, model = batch.permute(order), {keys[i]: model[keys[i]] for i in order}
+        elif step == "split":
+            cut = data.draw(st.integers(0, len(keys)))
+            batch, model = batch.split([cut, len(keys) - cut])[1], {key: model[key] for key in keys[cut:]}
+        elif step == "concat":
+            name, extra = f"c{len(keys)}{'_'.join(keys)}", data.draw(rows)
+            batch = KeyedJaggedTensor.concat([batch, KeyedJaggedTensor.from_lists({name: extra}, stride=stride)])
+            model = model | {name: extra}
+        elif step == "rebuild":
+            batch = KeyedJaggedTensor.from_jagged(batch.to_dict(), stride=stride)
+        else:
+            batch = pickle.loads(pickle.dumps(batch))
+        assert {key: feature.to_lists() for key, feature in batch.to_dict().items()} == model
+        assert (batch.keys, batch.stride) == (tuple(model), stride)
+        with checks():
+            KeyedJaggedTensor(batch.keys, batch.values, batch.lengths, batch.offsets, stride=stride)
 
 
 @pytest.mark.torchrec

@@ -69,7 +69,11 @@ def test_two_features_and_two_collections_are_one_batch():  # sightings are posi
     for tower in towers:
         tower.end_step(1)
     state = tables["item"].admission_state()
-    assert dict(zip(state["sightings.ids"].tolist(), state["sightings.counts"].tolist(), strict=True)) == {1: 3, 2: 1, 3: 1}
+    assert dict(zip(state["sightings.ids"].tolist(), state["sightings.counts"].tolist(), strict=True)) == {
+        1: 3,
+        2: 1,
+        3: 1,
+    }
     assert tables["item"].counters().rejected == 3
     assert tables.step == 1
 
@@ -171,11 +175,20 @@ def test_exact_counter_keeps_the_newest_ids_under_its_limit():
     table.end_step(1)
     table.lookup(torch.tensor([6, 1]), train=True, step=2)
     table.end_step(2)
-    assert table.admission_state()["sightings.ids"].tolist() == [1, 6, 7]  # of 5 and 7, equally old, the smaller id went
+    assert table.admission_state()["sightings.ids"].tolist() == [
+        1,
+        6,
+        7,
+    ]  # of 5 and 7, equally old, the smaller id went
 
 
 def test_counters_of_several_tables_do_not_mix():
-    rules = {"x": AfterSightings(2), "y": AfterSightings(3, CountMin()), "z": AfterSightings(1), "w": WithProbability(1.0)}
+    rules = {
+        "x": AfterSightings(2),
+        "y": AfterSightings(3, CountMin()),
+        "z": AfterSightings(1),
+        "w": WithProbability(1.0),
+    }
     tables = TableSet([TableConfig(name=k, features=(k,), admission=rule) for k, rule in rules.items()], seed=7)
     assert len(tables.stores) == 1
     collection = EmbeddingBagCollection(tables)

@@ -45,7 +45,10 @@ def table(name="item", **changes):
         (lambda: table(unadmitted="nothing"), "'zeros' or 'default_row'; got 'nothing'"),
         (lambda: table(train_default_row=True), "train_default_row needs unadmitted='default_row'"),
         (lambda: table(name=""), "non-empty"),
-        (lambda: Feature("a", "max"), "pooling must be 'sum', 'mean', 'none' or Tile\\(n\\); got 'max'"),
+        (
+            lambda: Feature("a", "max"),  # type: ignore[arg-type]
+            "pooling must be 'sum', 'mean', 'none' or Tile\\(n\\); got 'max'",
+        ),
         (lambda: Tile(0), "Tile: n"),
         (lambda: AfterSightings(0), "AfterSightings: n"),
         (lambda: Exact(0), "max_ids"),
@@ -111,7 +114,7 @@ def test_unknown_names_suggest_the_nearest():
 
 def test_collections_name_features_of_the_other_kind():
     configs = [table(features=(Feature("history", "none"), Feature("clicked", "sum")))]
-    with pytest.raises(ConfigError, match="'history' has pooling 'none'.*EmbeddingCollection"):
+    with pytest.raises(ConfigError, match=r"'history' has pooling 'none'.*EmbeddingCollection"):
         EmbeddingBagCollection(configs, seed=1)
     with pytest.raises(ConfigError, match="'clicked' has pooling 'sum'"):
         EmbeddingCollection(configs, seed=1)

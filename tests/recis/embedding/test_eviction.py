@@ -85,7 +85,9 @@ def test_older_than_is_strict():  # A32
 def test_seconds_follow_one_reading_per_step():
     now = [1_700_000_000]
     evicted = []
-    table = one_table(TtlSeconds(10), clock=lambda: now[0], on_evict=lambda name, ids: evicted.append((name, ids.tolist())))
+    table = one_table(
+        TtlSeconds(10), clock=lambda: now[0], on_evict=lambda name, ids: evicted.append((name, ids.tolist()))
+    )
     see(table, 1, 1, 2)
     now[0] += 6
     see(table, 2, 2)
@@ -226,9 +228,12 @@ def test_queues_find_what_a_full_look_finds(kind, limit, stream):
         assert out["count"].tolist() == [rows[i][1] for i in sorted(rows)]
 
 
-@given(st.lists(st.tuples(st.integers(-2, 2), st.integers(0, 2), st.integers(-9, 9)), unique_by=lambda row: row[2]), st.integers(0, 9))
+ROWS = st.tuples(st.integers(-2, 2), st.integers(0, 2), st.integers(-9, 9))
+
+
+@given(st.lists(ROWS, unique_by=lambda row: row[2]), st.integers(0, 9))
 def test_lowest_sorts_by_score_then_age_then_id(rows, num_rows):
-    scores, last_seen, ids = (torch.tensor([row[k] for row in rows], dtype=torch.int64) for k in range(3))
+    scores, last_seen, ids = torch.tensor(rows, dtype=torch.int64).view(-1, 3).unbind(1)
     picked = lowest(scores, last_seen, ids, num_rows)
     assert sorted(rows[i] for i in picked.tolist()) == sorted(rows)[:num_rows]
 

@@ -13,7 +13,9 @@ from recis.optim import Adam
 
 def table_set(**changes) -> TableSet:
     base = {"embedding_dim": 4, "optimizer": Adam(lr=0.1)}
-    return TableSet([TableConfig(**{"name": name, "features": (name,), **base, **changes}) for name in ("a", "b")], seed=7)
+    return TableSet(
+        [TableConfig(**{"name": name, "features": (name,), **base, **changes}) for name in ("a", "b")], seed=7
+    )
 
 
 def fill(tables, num_rows=50):

@@ -14,7 +14,9 @@ LIMITS = (-(2**63), -2, -1, 0, 2**63 - 1)
 
 
 def table_set(*names, seed=7, block_rows=None, deterministic=True, **changes) -> TableSet:
-    configs = [TableConfig(**{"name": name, "features": (f"{name}_f",), "embedding_dim": 4, **changes}) for name in names]
+    configs = [
+        TableConfig(**{"name": name, "features": (f"{name}_f",), "embedding_dim": 4, **changes}) for name in names
+    ]
     return TableSet(configs, seed=seed, block_rows=block_rows, deterministic=deterministic)
 
 
@@ -27,7 +29,8 @@ def ids_of(*values):
 
 
 def first_values(table, ids):
-    return initial_values(ids, table.config.embedding_dim, table.store.keys[table.number : table.number + 1], table.config.initializer.spec())
+    key = table.store.keys[table.number : table.number + 1]
+    return initial_values(ids, table.config.embedding_dim, key, table.config.initializer.spec())
 
 
 def test_same_id_in_several_tables_of_one_store():  # A25
@@ -97,7 +100,9 @@ def test_clear_gives_a_fresh_table():  # A31
             table.lookup(ids_of(1, 2, 3), train=True, step=step)
         tables.end_step(step)
     tables["item"].clear()
-    assert tables["item"].counters().to_dict() | {"capacity": 0} == dict.fromkeys(tables["item"].counters().to_dict(), 0)
+    assert tables["item"].counters().to_dict() | {"capacity": 0} == dict.fromkeys(
+        tables["item"].counters().to_dict(), 0
+    )
     assert tables["user"].size == 3
     rows, numbers = tables["item"].lookup(ids_of(1, 2), train=True, step=3)
     assert numbers.tolist() == [-1, -1]  # its sightings are gone too
@@ -238,7 +243,7 @@ def test_max_rows_is_a_promise_and_warns():
 def test_counters_add_up_to_the_distinct_ids():
     torch.manual_seed(3)
     table = one_table(admission=AfterSightings(2), max_rows=20)
-    seen = 0
+    seen, now = 0, table.counters()
     for step in range(1, 30):
         ids = torch.randint(0, 60, (25,))
         table.lookup(ids, train=True, step=step)
@@ -253,8 +258,11 @@ def test_counters_add_up_to_the_distinct_ids():
 def test_unadmitted_ids_read_the_default_row():
     table = one_table(unadmitted="default_row", admission=AfterSightings(3))
     default = table.default_row
-    assert default is not None
-    want = initial_values(ids_of(0), 4, torch.tensor([table_key(7, "item/default")]), table.config.initializer.spec())[0]
+    with pytest.raises(ValueError, match="has no default row"):
+        _ = one_table().default_row
+    want = initial_values(ids_of(0), 4, torch.tensor([table_key(7, "item/default")]), table.config.initializer.spec())[
+        0
+    ]
     assert torch.equal(default, want)
     for train in (True, False):
         rows, numbers = table.lookup(ids_of(5, 6), train=train, step=1)

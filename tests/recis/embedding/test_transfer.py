@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from recis.embedding import AfterSightings, EmbeddingBagCollection, HashTable, TableConfig, TableSet, TtlSeconds, TtlSteps
+from recis.embedding import (
+    AfterSightings,
+    EmbeddingBagCollection,
+    HashTable,
+    TableConfig,
+    TableSet,
+    TtlSeconds,
+    TtlSteps,
+)
 from recis.errors import CheckpointError
 from recis.jagged import KeyedJaggedTensor
 from recis.optim import Adam
@@ -91,6 +99,22 @@ def test_every_field_survives(dtype):
     plain = one_table(dtype=dtype)
     plain.import_rows(out)  # a table without a clock leaves the readings out
     assert "last_seen_s" not in plain.export()
+
+
+def test_rows_without_metadata_count_as_seen_now():
+    now = [5000]
+    table = one_table(eviction=(TtlSeconds(10), TtlSteps(3)), clock=lambda: now[0])
+    table.end_step(7)
+    table.import_rows({"ids": torch.tensor([1]), "weight": torch.zeros(1, 3)})
+    table.insert(torch.tensor([2]), torch.zeros(1, 3))
+    out = table.export()
+    assert (out["last_seen"].tolist(), out["count"].tolist(), out["last_seen_s"].tolist()) == (
+        [8, 8],
+        [0, 0],
+        [5000, 5000],
+    )
+    table.end_step(8)
+    assert table.size == 2
 
 
 def test_state_and_sightings_resume_a_table():

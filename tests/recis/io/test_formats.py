@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from io_data import ROW_COLUMNS, make_config, read_all, rows_table, write_format
 from pyarrow import orc
+from pyarrow import parquet as pq
 
 from recis.io import Csv, Ids, Reader
 from recis.io.files import resolve
@@ -25,10 +26,10 @@ def contents(config):
     rows = []
     with Reader(config) as reader:
         for batch in reader:
-            history = batch.columns["history"].to_lists()
-            words = batch.columns["word"].to_strings()
-            prices, clicks = batch.columns["price"].tolist(), batch.columns["click"].tolist()
-            ids = batch.columns["row"].values.tolist()
+            history = batch.jagged("history").to_lists()
+            words = batch.jagged("word").to_strings()
+            prices, clicks = batch.tensor("price").tolist(), batch.tensor("click").tolist()
+            ids = batch.jagged("row").flat_values.tolist()
             rows += list(zip(ids, history, prices, clicks, words, strict=True))
     return sorted(rows)
 
@@ -94,7 +95,7 @@ def test_byte_ranges_meet_at_line_ends(tmp_path, format_name, monkeypatch):
     path = write_format(tmp_path / f"a.{format_name}", rows_table(0, 60), format_name)
     config = make_config(path, format=format_name, columns=ROW_COLUMNS)
     with Reader(config) as reader:
-        units = {unit for batch in reader for unit in batch.origin.unit.tolist()}
+        units = {batch.locate(row)[1] for batch in reader for row in range(batch.num_samples)}
     assert len(units) > 5
     assert contents(config) == expected(60)
     straight, _ = read_all(config)
@@ -147,8 +148,8 @@ def test_csv_options(tmp_path):
     options = Csv(delimiter="\t", column_names=("row", "word", "history"), list_separator=";")
     with Reader(make_config(path, format="csv", csv=options, columns=(Ids("row"), Ids("history")))) as reader:
         batch = next(reader)
-    assert batch.columns["row"].to_lists() == [[1], [2]]
-    assert batch.columns["history"].to_lists() == [[5, 6], []]
+    assert batch.jagged("row").to_lists() == [[1], [2]]
+    assert batch.jagged("history").to_lists() == [[5, 6], []]
 
 
 def test_jsonl_keys_may_be_missing_and_unread_keys_may_change(tmp_path):
@@ -156,13 +157,13 @@ def test_jsonl_keys_may_be_missing_and_unread_keys_may_change(tmp_path):
     rows = [{"row": 1, "other": {"deep": 1}}, {"row": 2, "other": 5, "ids": [7]}, {"row": 3, "ids": None}]
     path.write_text("\n".join(map(json.dumps, rows)))
     with Reader(make_config(path, format="jsonl", columns=(Ids("row"), Ids("ids", default=())))) as reader:
-        assert next(reader).columns["ids"].to_lists() == [[], [7], []]
+        assert next(reader).jagged("ids").to_lists() == [[], [7], []]
 
 
 def test_files_may_differ_in_width_and_encoding_of_a_type(tmp_path):
-    pa.parquet.write_table(pa.table({"row": pa.array([1, 2], pa.int16())}), tmp_path / "a.parquet")
-    pa.parquet.write_table(pa.table({"row": pa.array([3]).dictionary_encode()}), tmp_path / "b.parquet")
-    pa.parquet.write_table(pa.table({"row": pa.array([2**64 - 4], pa.uint64())}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"row": pa.array([1, 2], pa.int16())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"row": pa.array([3]).dictionary_encode()}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"row": pa.array([2**64 - 4], pa.uint64())}), tmp_path / "c.parquet")
     rows = [row for batch in read_all(make_config(tmp_path))[0] for row in batch]
     assert rows == [1, 2, 3, -4] or sorted(rows) == [-4, 1, 2, 3]
 
@@ -176,7 +177,7 @@ def test_hidden_and_foreign_files_below_a_folder_are_left_out(tmp_path):
 
 
 def test_parquet_rows_keep_their_numbers_behind_an_empty_row_group(tmp_path):
-    with pa.parquet.ParquetWriter(tmp_path / "a.parquet", rows_table(0, 0).schema) as writer:
+    with pq.ParquetWriter(tmp_path / "a.parquet", rows_table(0, 0).schema) as writer:
         for first, num_rows in ((0, 3), (3, 0), (3, 4)):
             writer.write_table(rows_table(first, num_rows))
     batches, state = read_all(make_config(tmp_path, num_lanes=1))

@@ -13,7 +13,7 @@ def test_killed_again_and_again(tmp_path):
     straight, _ = read_all(make_config(folder, shuffle_rows=40, epochs=2))
     state_file, finished = tmp_path / "state.json", tmp_path / "finished"
     context = multiprocessing.get_context("forkserver")  # a fresh interpreter that forks: torch is imported once
-    context.set_forkserver_preload(["io_data"])
+    context.set_forkserver_preload(["torch", "pyarrow.parquet", "fsspec"])
     chance = random.Random(23)
     kills, steps_at_kill = 0, []
     while not finished.exists():
@@ -21,7 +21,7 @@ def test_killed_again_and_again(tmp_path):
         arguments = (str(folder), str(tmp_path), chance.choice([1, 2, 4]))
         process = context.Process(target=io_data.read_and_save, args=arguments)
         process.start()
-        if kills < 6:
+        if kills < 5:
             steps_before = number_of_steps(state_file)
             while number_of_steps(state_file) <= steps_before + 3 and process.is_alive():
                 process.join(0.001)
@@ -31,7 +31,7 @@ def test_killed_again_and_again(tmp_path):
         process.join(60)
         assert process.exitcode in (0, -9)
         steps_at_kill.append(number_of_steps(state_file))
-    assert len({*steps_at_kill}) >= 6, f"kills did not hit different places: {steps_at_kill}"
+    assert len({*steps_at_kill}) >= 5, f"kills did not hit different places: {steps_at_kill}"
     assert steps_at_kill == sorted(steps_at_kill)
     steps = json.loads(state_file.read_text())["steps"]
     assert [sorted(step) for step in steps] == [sorted(step) for step in straight]

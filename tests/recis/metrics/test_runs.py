@@ -1,5 +1,6 @@
 """Sorted runs: the order is that of a plain sort, spilled or not, and memory stays bounded."""
 
+import errno
 import tracemalloc
 
 import numpy as np
@@ -83,6 +84,25 @@ def test_memory_stays_bounded():
         tracemalloc.stop()
     assert total == 16 * 43_690 == len(exported["group"])
     assert peak < 4 << 20
+
+
+def test_full_disk_is_named(monkeypatch):
+    class FullDisk:
+        def seek(self, _):
+            pass
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("recis.metrics.runs.tempfile.TemporaryFile", lambda prefix: FullDisk())
+    runs = runs_of_limit(10)
+    rows = random_rows(np.random.default_rng(0), 10)
+    runs.append(rows)
+    with pytest.raises(
+        OSError, match=r"cannot write 0 MB of metric rows \(No space left on device\); free space"
+    ) as caught:
+        runs.append(rows)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_load_replaces_rows_and_checks_types():

@@ -10,6 +10,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from recis.errors import ConfigError, DataError
 from recis.metrics import BinnedAuc, Calibration, ExactAuc, Gauc, HitRate, LogLoss, Mrr, Ndcg, Ne, Recall, from_key
+from recis.trainer.serialize import from_json, to_json
 
 LABELS = torch.tensor([1.0, 0, 1, 0, 0])
 SCORES = torch.tensor([0.8, 0.4, 0.4, 0.1, 0.6], dtype=torch.float64)
@@ -279,6 +280,7 @@ def test_binary_metrics_refuse_soft_labels():
 def test_keys_and_settings():
     for key in ("auc", "binned_auc", "gauc", "logloss", "ne", "pcoc", "recall@20", "ndcg@10", "hit_rate@5", "mrr"):
         assert from_key(key).key == key
+        assert from_json(to_json(from_key(key))) == from_key(key)
     for wrong in ("aux", "recall", "recall@x", "auc@3", ""):
         with pytest.raises(ConfigError, match="unknown metric"):
             from_key(wrong)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recis.errors import ConfigError
 from recis.jagged import JaggedTensor
-from recis.models.attention import TargetAttention, segment_softmax
+from recis.models.attention import TargetAttention
 from recis.models.experts import CgcLayer, MixtureOfExperts, StackedMLP
 from recis.models.layers import MLP, CrossNet, DotInteraction, FactorizationMachine
 
@@ -177,10 +177,10 @@ def test_target_attention(lengths, softmax, weighted):
             assert got[b].tolist() == [0, 0, 0]
 
 
-def test_segment_softmax_is_stable():
-    scores = torch.tensor([1000.0, 1001.0, -1000.0, 5.0])
-    got = segment_softmax(scores, torch.tensor([0, 0, 1, 3]), 4)
-    torch.testing.assert_close(got, torch.tensor([0.26894143, 0.73105857, 1.0, 1.0]))
+def test_target_attention_takes_int32_lengths():
+    module, target, keys = TargetAttention(3), torch.randn(2, 3), torch.randn(4, 3)
+    got = module(target, JaggedTensor(keys, lengths=torch.tensor([3, 1], dtype=torch.int32)))
+    torch.testing.assert_close(got, module(target, JaggedTensor(keys, lengths=torch.tensor([3, 1]))))
 
 
 def test_target_attention_refuses_other_shapes():

@@ -203,6 +203,19 @@ def test_empty_batch_and_empty_sequences(case):
 
 
 @each_case
+def test_bfloat16_autocast_is_close(case):
+    torch.manual_seed(2)
+    model = case.config.build()
+    batch = first_batch(case, batch_size=64)
+    model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(batch)
+        binary_loss(low, batch).backward()
+    torch.testing.assert_close(low.float(), model(batch), rtol=0.05, atol=0.05)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@each_case
 def test_config_round_trips_through_json(case):
     assert from_json(json.loads(json.dumps(to_json(case.config)))) == case.config
 

@@ -33,7 +33,7 @@ def first_batch(size: int) -> Batch:
 def reference(model: TwoTower, batch: Batch, places: Tensor | None, p: Tensor | None) -> list[list[float]]:
     """The candidates' corrected logits of each sample, the own item first; -inf left out."""
     tau = model.config.temperature
-    users, items = model.user_vectors(batch).double(), model.item_vectors(batch).double()
+    users, items = model.user_vectors(batch).detach().double(), model.item_vectors(batch).detach().double()
     ids = batch.sparse["item_id"].flat_values.tolist()
     seen = {item: ids.count(item) / len(ids) for item in ids}  # after one step the stream is this batch
     known: list[int] = []
@@ -42,7 +42,7 @@ def reference(model: TwoTower, batch: Batch, places: Tensor | None, p: Tensor | 
         assert model.sampler is not None
         catalogue = model.sampler.catalogue
         known = catalogue.sorted_ids.tolist()
-        drawn = model.item_vectors(catalogue.select(places)).double()
+        drawn = model.item_vectors(catalogue.select(places)).detach().double()
         candidates += [(known[place], drawn[j]) for j, place in enumerate(places.tolist())]
 
     def expected(item: int) -> float:
@@ -97,9 +97,23 @@ def test_evaluation_gives_plain_cosines():
     torch.testing.assert_close(positive_score(model(batch)), want.sigmoid())
     assert int(model.frequency.total) == 0
     assert model.sampler is not None
-    assert model.sampler.num_draws == 0
+    assert int(model.sampler.num_draws) == 0
     plain = replace(synthetic(), normalize=False).build()
     assert not torch.allclose(plain.user_vectors(batch).norm(dim=1), torch.ones(9))
+
+
+def test_bfloat16_autocast_keeps_products_in_float32():
+    batch = first_batch(30)
+    plain = config_with(None).build()
+    plain(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        users, items = plain.user_vectors(batch), plain.item_vectors(batch)
+        out = plain(batch)
+    assert users.dtype == out.dtype == torch.float32
+    want = (users @ items.T / 0.2)[0]
+    correction = (30 * plain.frequency.share(batch.sparse["item_id"].flat_values)).log()
+    finite = torch.isfinite(out[0, 1:])
+    torch.testing.assert_close(out[0, 1:][finite], (want - correction)[finite], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES, ids=repr)

@@ -22,14 +22,15 @@ def test_lines(tmp_path):
 def test_cut_back(tmp_path):
     path = tmp_path / "m.jsonl"
     log = MetricsLog(path)
-    for step in (1, 2, 2, 3):
-        log.write({"step": step})
+    for step, kind in ((1, "train"), (2, "train"), (2, "eval"), (3, "train")):
+        log.write({"step": step, "kind": kind})
     with path.open("a") as file:
         file.write('{"step": 2, "lo')  # killed inside a line
-    assert log.cut_back(2) == 3
+    assert log.cut_back(2, 2) == 3
     log.write({"step": 3})
     log.close()
     assert [line["step"] for line in read_log(path)] == [1, 2, 2, 3]
+    assert log.cut_back(2, None) == 2  # the evaluation came after the checkpoint
 
 
 def test_unfinished_line_is_not_read(tmp_path):
@@ -41,6 +42,6 @@ def test_unfinished_line_is_not_read(tmp_path):
 def test_no_file():
     log = MetricsLog(None)
     log.write({"step": 1})
-    assert log.cut_back(0) == 0
+    assert log.cut_back(0, None) == 0
     log.sync()
     log.close()

@@ -1,0 +1,83 @@
+"""One gradient norm over dense parameters and embedding rows, and the factor that brings it down to a limit.
+
+    norm^2 = sum over dense gradients of g^2  +  sum over distinct touched rows of (sum of the row's gradients)^2
+    factor = min(1, max_norm / (norm + 1e-6))
+
+A row that occurs at several positions counts with its summed gradient, as it would in a dense [num_rows, D] parameter. Dense
+gradients are scaled in place; for rows the factor is left in the pending lookups and multiplied in the update's own pass.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis.errors import ConfigError, RecisError
+from recis.optim.stores import describe_rows, shortened, stores_of
+from recis_kernels.row_grads import PendingLookup, merge_lookups, row_square_sums
+
+
+class NonFiniteNorm(RecisError):
+    """The gradient norm is NaN or infinite; nothing was scaled."""
+
+
+@torch.no_grad()
+def clip_grad_norm(
+    dense_parameters: Iterable[Tensor],
+    sparse: nn.Module | Iterable[Any],
+    max_norm: float,
+    *,
+    skip_nonfinite: bool = False,
+) -> Tensor:
+    """Scale all gradients so that their joint norm is at most max_norm; return the norm before, a float64 scalar.
+
+    Args:
+        dense_parameters: with `.grad` where backward reached them.
+        sparse: a model, collections or table sets whose pending row gradients count; may be empty.
+        max_norm: above 0.
+        skip_nonfinite: leave rows whose gradient is not finite out of the norm, as SparseOptimizer then leaves them
+            out of the update.
+
+    Raises:
+        ConfigError: max_norm is not above 0.
+        NonFiniteNorm: a gradient is NaN or infinite; the text names rows by table and id.
+    """
+    if not max_norm > 0:
+        raise ConfigError(f"clip_grad_norm: max_norm must be above 0; got {max_norm}")
+    grads = [parameter.grad for parameter in dense_parameters if parameter.grad is not None]
+    total = torch.zeros((), dtype=torch.float64)
+    for grad in grads:
+        total += grad.double().square().sum().cpu()
+    if not bool(total.isfinite()):
+        raise NonFiniteNorm(f"clip_grad_norm: the norm of the dense gradients is {float(total)}; {_WAY_OUT}")
+    pending = []
+    for store in stores_of(sparse):
+        lookups = store.pending()
+        if lookups:
+            total += _square_norm(store, lookups, skip_nonfinite)
+            pending += lookups
+    norm = total.sqrt()
+    factor = min(1.0, max_norm / (float(norm) + 1e-6))
+    for grad in grads:
+        grad.mul_(factor)
+    for lookup in pending:
+        lookup.scale *= factor
+    return norm
+
+
+_WAY_OUT = "nothing was changed. Lower the learning rate, or look for the feature with torch.autograd.detect_anomaly"
+
+
+def _square_norm(store: Any, lookups: list[PendingLookup], skip_nonfinite: bool) -> Tensor:
+    """Return the squared norm of a store's summed row gradients, a float64 scalar."""
+    merged = merge_lookups(lookups)
+    norms = row_square_sums(merged, store.layout.dim)
+    bad = (~norms.isfinite()).nonzero().squeeze(1)
+    if bad.numel():
+        if not skip_nonfinite:
+            places = shortened(describe_rows(store, merged, bad))
+            raise NonFiniteNorm(f"clip_grad_norm: a gradient is not finite: {places}; {_WAY_OUT}")
+        norms = norms[norms.isfinite()]
+    # Sorted, because merged rows come by row number, which a resumed run does not share: the sum must not depend on it.
+    return (norms if len(lookups) == 1 else norms.sort().values).sum()
