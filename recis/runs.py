@@ -1,59 +1,97 @@
 """A run as the commands see it: which recipe made it with which settings, and the trainer in its folder.
 
-`recipe.json` in the run folder names recipe, data and settings, so that a later command can build the same model again:
-
     start_run("demo", data=None, out=folder, settings=("max_steps=100",), resume=False).train()
-    open_run(folder).evaluate("clicks.parquet")
+    open_run(folder).measure("clicks.parquet")
+
+Two files of the run folder say what it is. `recipe.json` names recipe, data and settings as they were asked for, so that
+`--resume` can be held against them. `config.json` is the config that came of it; a run is opened by this one alone, so
+evaluation and prediction have the model and the features it was trained with, whatever has become of the recipe since.
 """
 
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recis.errors import CheckpointError, ConfigError
+from recis.checkpoint.manifest import MANIFEST_NAME
+from recis.checkpoint.tensors import storage_error
+from recis.errors import ConfigError, DataError, RecisError
 from recis.io import DataConfig
-from recis.predictions import EVAL_PREDICTIONS, write_eval_predictions
+from recis.io.files import COMPRESSED, SUFFIXES
+from recis.predictions import EVAL_PREDICTIONS, check_output, write_eval_predictions
 from recis.recipes import call_recipe, find_recipe
-from recis.trainer import TrainConfig, Trainer
+from recis.trainer import TrainConfig, Trainer, from_json, to_json
+from recis.trainer.log import read_log
+from recis.trainer.override import override
+from recis.trainer.report import write_report
+from recis.trainer.run_folder import LOG_NAME, read_config
 from recis.trainer.serialize import differences
 
 RECIPE_NAME = "recipe.json"
-SUFFIXES = {".parquet": "parquet", ".orc": "orc", ".csv": "csv", ".jsonl": "jsonl"}
+LOCK_NAME = ".lock"
+# what training alone needs, and what may hang on things that are gone: left out when a run is opened to be read
+TRAINING_ONLY: Mapping[str, Any] = {"init_from": None, "monitor": None, "hooks": [], "evaluate": None, "after": None}
+# fields that decide what is scored and how
+SCORING = ("model", "features", "tasks", "score", "bf16_autocast", "train_data.columns", "eval_data.columns")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A run folder with its config and trainer."""
 
     folder: Path
-    recipe: str
+    recipe: str | None
+    """Name of the recipe; None when the run was started from Python."""
     config: TrainConfig
     trainer: Trainer
+    reading: tuple[str, ...] = ()
+    """Settings `name=value` of the DataConfig that other files are read with."""
+    is_new: bool = False
+    """Whether this process made what is in the folder."""
 
     def train(self) -> dict[str, float]:
-        """Train to the end, keep the scores of the evaluation data for the report, and return the last metrics."""
-        metrics = self.trainer.train()
+        """Train to the end, write the scores of the evaluation data and the report, and return the last metrics.
+
+        A run that fails before its first step leaves its folder as it was found.
+        """
+        try:
+            metrics = self.trainer.train()
+        except (RecisError, OSError):
+            if self.is_new and self.trainer.state.step == 0:
+                _empty(self.folder)
+            raise
         if self.config.eval_data is not None:
             write_eval_predictions(self.trainer, self.folder / EVAL_PREDICTIONS)
+        if read_log(self.folder / LOG_NAME):
+            write_report(self.folder)
         return metrics
 
     def data(self, path: str) -> DataConfig:
         """Return how this run reads a file: its own columns, the format by the file's suffix, in order, no shuffling.
 
         Raises:
-            ConfigError: the run reads no files, or the path has none of the known suffixes and the run's format no file.
+            ConfigError: the run reads no files, there is no such file, or a setting of `reading` is wrong.
         """
-        own = self.config.eval_data if isinstance(self.config.eval_data, DataConfig) else self.config.train_data
-        if not isinstance(own, DataConfig):
-            raise ConfigError(f"recipe {self.recipe!r} reads no files, so it cannot read {path}; evaluate it in Python")
-        return replace(
+        own = next((d for d in (self.config.eval_data, self.config.train_data) if isinstance(d, DataConfig)), None)
+        if own is None:
+            raise ConfigError(f"run {self.folder} reads no files, so it cannot read {path}; evaluate it in Python")
+        if "://" not in path and not any(mark in path for mark in "*?[") and not Path(path).exists():
+            raise ConfigError(f"--data {path}: no such file or folder")
+        skips = any(
+            isinstance(data, DataConfig) and data.on_bad_row == "skip"
+            for data in (self.config.train_data, self.config.eval_data)
+        )
+        data = replace(
             own,
             paths=(path,),
-            format=SUFFIXES.get(Path(path).suffix, own.format),
+            format=_format_of(path, own.format),
+            on_bad_row="skip" if skips else "raise",
             window=None,
             follow=None,
             shuffle_rows=0,
@@ -61,84 +99,205 @@ class Run:
             epochs=1,
             drop_last=False,
         )
+        return override(data, self.reading)
 
-    def evaluate(self, path: str) -> tuple[int, dict[str, float]]:
-        """Return how many samples a file has, and loss and metrics of the newest whole checkpoint on them."""
-        own = getattr(import_module(find_recipe(self.recipe).__module__), "evaluate_file", None)
-        if own is not None:
-            return own(self, path)
-        num_samples = 0
-        for batch, _ in self.trainer.scored(self.data(path)):
-            num_samples += batch.num_samples
-        return num_samples, self.trainer.evaluate(self.data(path))
+    def measure(self, path: str) -> tuple[int, dict[str, float]]:
+        """Return how many samples a file has, and loss and metrics of the loaded checkpoint on them."""
+        own = self._hook("evaluate_file")
+        return self.trainer.measure(self.data(path)) if own is None else own(self, path)
 
     def recommend(self, users: Path, *, k: int, out: Path) -> tuple[int, int]:
         """Write the k best items of each user in a file; returns rows written and users the model does not know.
 
         Raises:
-            ConfigError: the recipe recommends nothing, or k is below 1.
+            ConfigError: the recipe recommends nothing, k is below 1, there is no file of users, or none can be at `out`.
         """
-        if k < 1:
-            raise ConfigError(f"--k must be at least 1; got {k}")
-        own = getattr(import_module(find_recipe(self.recipe).__module__), "recommend_file", None)
+        own = self._hook("recommend_file")
         if own is None:
             raise ConfigError(f"recipe {self.recipe!r} scores given pairs and recommends nothing; use recis predict")
+        if k < 1:
+            raise ConfigError(f"--k must be at least 1; got {k}")
+        if not users.is_file():
+            raise ConfigError(f"--users {users}: no such file; give CSV, Parquet or text with the users' ids")
+        check_output(out)
         return own(self, users, k=k, out=out)
 
     def bad_rows(self) -> list[str]:
         """Return one line per input row that was left out (on_bad_row="skip")."""
-        return [str(row) for row in self.trainer.bad_rows]
+        return [
+            str(DataError(row.problem, file=row.file, unit=row.unit, row=row.row, column=row.column))
+            for row in self.trainer.bad_rows
+        ]
+
+    def _hook(self, name: str) -> Any:
+        """Return a function of the recipe's module; None where it has none of that name."""
+        if self.recipe is None:
+            return None
+        return getattr(import_module(find_recipe(self.recipe).__module__), name, None)
 
 
 def start_run(recipe: str, *, data: str | None, out: Path | None, settings: Sequence[str], resume: bool) -> Run:
-    """Return a run ready to train, new or resumed.
+    """Return a run ready to train, new or resumed. What resuming leaves out (data, settings) is as it was.
 
     Raises:
-        ConfigError: the folder is not empty and resume is off; the run there came from another recipe, data or settings.
+        ConfigError: the folder is not empty and resume is off; the run there came from another recipe, data or settings;
+            a setting is wrong. A new run leaves its folder as it was found.
+        CheckpointError: the folder cannot be written.
     """
     if resume and out is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
+    find_recipe(recipe)  # a wrong name must not touch a folder
     folder = out or Path("runs") / f"{recipe.replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
     asked = {"recipe": recipe, "data": data, "settings": list(settings)}
-    kept = folder / RECIPE_NAME
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder}: is a file; name a folder")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"--out {folder}: the folder is not empty; add --resume to go on, or name another")
-    if resume and kept.exists():
-        lines = differences(json.loads(kept.read_text()), asked)
-        if lines:
-            raise ConfigError(f"--resume {folder}: the run there was started otherwise: {'; '.join(lines)}")
-    find_recipe(recipe)  # a wrong name must not leave a folder behind
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = call_recipe(recipe, data=data, out=folder, settings=settings)
-        kept.write_text(json.dumps(asked, indent=1) + "\n")
-    except ConfigError:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+        is_new = not folder.exists() or (folder.is_dir() and not _content(folder))
+        if is_new:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(folder / RECIPE_NAME, json.dumps(asked, indent=1) + "\n")
+        else:
+            asked = _resumed(folder, asked, resume)
     except OSError as error:
-        raise CheckpointError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
-    trainer = Trainer(config, folder, resume=True, quiet=False)
-    return Run(folder, recipe, config, trainer)
+        raise storage_error(error, folder) from error
+    try:
+        config = call_recipe(recipe, data=asked["data"], out=folder, settings=asked["settings"])
+        trainer = Trainer(config, folder, resume=True, quiet=False)
+    except (RecisError, OSError):
+        if is_new:
+            _empty(folder)
+        raise
+    return Run(folder=folder, recipe=recipe, config=config, trainer=trainer, is_new=is_new)
 
 
-def open_run(folder: Path) -> Run:
-    """Return a finished or stopped run with the weights of its newest whole checkpoint, for reading only.
+def open_run(folder: Path, *, settings: Sequence[str] = ()) -> Run:
+    """Return a run with the weights of its newest whole checkpoint (or of the checkpoint `folder`), for reading only.
+
+    Args:
+        folder: a run, or one of its checkpoints.
+        settings: `train_data.name=value`, how other files are read.
 
     Raises:
-        ConfigError: the folder holds no run that the command `recis train` started.
-        CheckpointError: it has no whole checkpoint.
+        ConfigError: the folder holds no run, its recipe now makes another model or other features, or a setting is wrong.
+        CheckpointError: it has no whole checkpoint, or `folder` is a damaged one.
     """
-    kept = folder / RECIPE_NAME
-    try:
-        asked: dict[str, Any] = json.loads(kept.read_text())
-    except OSError as error:
-        raise ConfigError(f"--run {folder}: no run here, {RECIPE_NAME} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"--run {folder}: {RECIPE_NAME} is not whole JSON ({error})") from error
-    config = call_recipe(asked["recipe"], data=asked["data"], out=folder, settings=asked["settings"])
+    if not folder.is_dir():
+        raise ConfigError(f"--run {folder}: no such folder; give the folder of a run")
+    home = folder.resolve().parent if (folder / MANIFEST_NAME).exists() else folder
+    stored = read_config(folder)
+    asked = _read_asked(home)
+    config = _rebuilt(stored, asked, home)
     trainer = Trainer(config, None, quiet=True)
     trainer.load(folder)
-    return Run(folder, asked["recipe"], config, trainer)
+    recipe = None if asked is None else asked["recipe"]
+    return Run(folder=home, recipe=recipe, config=config, trainer=trainer, reading=_reading(settings))
+
+
+def _resumed(folder: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Return recipe, data and settings of the run in a folder, after comparing what was asked for now."""
+    if not folder.is_dir():
+        raise ConfigError(f"--out {folder}: is a file; name a folder")
+    if not resume:
+        raise ConfigError(
+            f"--out {folder}: the folder is not empty (it has {_content(folder)[0]}); add --resume to go on with the run "
+            "there, or name another"
+        )
+    kept = _read_asked(folder)
+    if kept is None:
+        raise ConfigError(f"--resume {folder}: no run here, it has no {RECIPE_NAME}; name the folder of a run")
+    given = {
+        "recipe": asked["recipe"],
+        "data": kept["data"] if asked["data"] is None else asked["data"],
+        "settings": asked["settings"] or kept["settings"],
+    }
+    lines = differences(_by_name(kept), _by_name(given))
+    if lines:
+        raise ConfigError(
+            f"--resume {folder}: the run there was started otherwise: {'; '.join(lines)}; leave --data and --set out to "
+            "go on as it was, or start a new run"
+        )
+    return kept
+
+
+def _by_name(asked: Mapping[str, Any]) -> dict[str, Any]:
+    return {**asked, "settings": dict(setting.partition("=")[::2] for setting in asked["settings"])}
+
+
+def _rebuilt(stored: Mapping[str, Any], asked: Mapping[str, Any] | None, home: Path) -> TrainConfig:
+    """Return the stored config; where it names what cannot be imported, the recipe's, if that scores in the same way."""
+    try:
+        return from_json({**stored, **TRAINING_ONLY})
+    except (ConfigError, TypeError) as error:  # TypeError: a field that this version does not have
+        if asked is None:
+            raise ConfigError(f"{home}: its config.json cannot be built again: {error}") from error
+    config: TrainConfig = call_recipe(
+        asked["recipe"], data=asked["data"], out=home.resolve(), settings=asked["settings"]
+    )
+    made = json.loads(json.dumps(to_json(config)))
+    lines = [line for name in SCORING for line in differences(_field(stored, name), _field(made, name), name)]
+    if lines:
+        raise ConfigError(
+            f"{home}: recipe {asked['recipe']!r} now makes another model or other features than the run was trained with: "
+            f"{'; '.join(lines[:6])}; put the recipe back"
+        )
+    return replace(config, init_from=None, monitor=None, hooks=(), evaluate=None, after=None)
+
+
+def _field(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _reading(settings: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings without the name of the data they belong to."""
+    bare = []
+    for setting in settings:
+        where, dot, rest = setting.partition(".")
+        if where not in ("train_data", "eval_data") or not dot:
+            raise ConfigError(
+                f"--set {setting!r}: a finished run takes only settings of how files are read, such as "
+                "train_data.on_bad_row=skip"
+            )
+        bare.append(rest)
+    return tuple(bare)
+
+
+def _format_of(path: str, own: str) -> Any:
+    name = path.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return next((kind for kind, suffixes in SUFFIXES.items() if name.endswith(suffixes)), own)
+
+
+def _content(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir() if item.name != LOCK_NAME)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a new run has put into its folder, which was empty or not there before, and the folder."""
+    for item in folder.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item, ignore_errors=True)
+        else:
+            item.unlink(missing_ok=True)
+    with suppress(OSError):  # a mount point, or where the user stands
+        folder.rmdir()
+
+
+def _read_asked(folder: Path) -> dict[str, Any] | None:
+    """Return recipe, data and settings of a run; None where it was not started by the command."""
+    path = folder / RECIPE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not whole JSON ({error}); write recipe, data and settings into it") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f".tmp-{path.name}")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

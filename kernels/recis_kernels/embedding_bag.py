@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import float32_at, load_float32, load_int32, load_int64, store_float32
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
 from recis_kernels.lanes import NUM_LANES, lane_sum
 from recis_kernels.prefetch import prefetch
 from recis_kernels.row_blocks import RowBlocks
@@ -36,7 +36,7 @@ def row_gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None = None, *
     Raises:
         ValueError: rows or inverse has another shape or dtype.
     """
-    inverse = _checked_inverse(rows, inverse)
+    inverse = _checked_inverse(blocks, rows, inverse)
     return choose(impl, rows, numba=_gather_numba, reference=_gather_reference)(blocks, rows, inverse)
 
 
@@ -59,7 +59,7 @@ def embedding_bag(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    inverse = _checked_inverse(rows, inverse)
+    inverse = _checked_inverse(blocks, rows, inverse)
     _check_offsets(offsets)
     if factors is not None and (factors.ndim != 1 or factors.dtype != torch.float32):
         raise ValueError(f"factors must be [L] float32; got {tuple(factors.shape)} {factors.dtype}")
@@ -79,7 +79,7 @@ def factor_grads(
 
     Positions outside all bags get 0. Raises ValueError when a shape or dtype does not fit.
     """
-    inverse = _checked_inverse(rows, inverse)
+    inverse = _checked_inverse(blocks, rows, inverse)
     _check_offsets(offsets)
     if tuple(grad.shape) != (offsets.numel() - 1, blocks.layout.dim):
         raise ValueError(f"grad must be {(offsets.numel() - 1, blocks.layout.dim)}; got {tuple(grad.shape)}")
@@ -156,13 +156,17 @@ def _bag_of_position(offsets: Tensor, num_positions: int) -> Tensor:
     return torch.where((positions >= offsets[0]) & (bag < offsets.numel() - 1), bag, -1)
 
 
-def _checked_inverse(rows: Tensor, inverse: Tensor | None) -> Tensor:
+def _checked_inverse(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows must be [U] int64; got {tuple(rows.shape)} {rows.dtype}")
     if inverse is None:
-        return torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
+        inverse = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
     if inverse.ndim != 1 or inverse.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"inverse must be [L] int32 or int64; got {tuple(inverse.shape)} {inverse.dtype}")
+    if checks_enabled():
+        for name, values, limit in (("rows", rows, blocks.capacity), ("inverse", inverse, rows.numel())):
+            if values.numel() and not (int(values.min()) >= -1 and int(values.max()) < limit):
+                raise ValueError(f"{name} must lie in -1..{limit - 1}; got {int(values.min())}..{int(values.max())}")
     return inverse.contiguous()
 
 
@@ -274,9 +278,8 @@ def _row_addresses(source, pointers, start, stop, addresses):
 
 @njit
 def _fetch(address, num_bytes):
-    if address != 0:
-        for line in range(0, num_bytes, 64):
-            prefetch(address + line)
+    for line in range(0, num_bytes, 64):
+        prefetch(address + line)
 
 
 @njit

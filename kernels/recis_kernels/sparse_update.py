@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import load_int32, load_int64, store_int32
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
+from recis_kernels.grad_lists import fold_row, list_grads
 from recis_kernels.lanes import NUM_LANES, scale_is_finite
 from recis_kernels.philox import rounding_stream
 from recis_kernels.prefetch import prefetch
@@ -24,8 +25,6 @@ from recis_kernels.row_blocks import RowBlocks
 from recis_kernels.row_grads import (
     PendingLookup,
     RowGrad,
-    fold_row,
-    list_grads,
     merge_lookups,
     reduce_grads,
     reduce_lookups,
@@ -44,7 +43,9 @@ __all__ = [
     "update_rows",
 ]
 
-ROWS_AHEAD = 8  # 8 rows of 13 lines (Adam, D = 64) still fit the core's queue of misses
+# Rows fetched at once, one such group ahead of the update. A fetch waits for its address translation, and an update is
+# longer than what a core looks ahead: asking row by row would wait for one translation after the other.
+ROWS_AHEAD = 16
 MIN_WORK_PER_THREAD = 1024  # contributions, with a row counted as four
 
 
@@ -86,10 +87,24 @@ def fused_update(
         tensor = getattr(lookup, name)
         if tensor.shape != lookup.rows.shape or tensor.ndim != 1 or tensor.dtype != dtype:
             raise ValueError(f"{name} must be [U] {dtype}; got {tuple(tensor.shape)} {tensor.dtype}")
+    if checks_enabled():
+        _check_content(blocks, lookup, scalars.shape[0])
     run = choose(impl, lookup.rows, numba=_numba, reference=_reference)
     folded = fold_scalars(rule, scalars)
     bad = run(blocks, lookup, rule, scalars if run is _reference else folded, step, keys, record_seen)
     return lookup, bad
+
+
+def _check_content(blocks: RowBlocks, lookup: PendingLookup, num_tables: int) -> None:
+    for name, values, low, high in (
+        ("rows", lookup.rows, -1, blocks.capacity),
+        ("table_of_row", lookup.table_of_row, 0, num_tables),
+    ):
+        if values.numel() and not (int(values.min()) >= low and int(values.max()) < high):
+            raise ValueError(f"{name} must lie in {low}..{high - 1}; got {int(values.min())}..{int(values.max())}")
+    placed = lookup.rows[lookup.rows >= 0]
+    if placed.unique().numel() != placed.numel():
+        raise ValueError("rows must be distinct: a row in two places would be updated twice")
 
 
 def update_rows(
@@ -207,6 +222,22 @@ def _place(blocks: RowBlocks, rule: UpdateRule) -> tuple[int, ...]:
 
 
 @njit
+def _fetch_rows(pointers, rows, shift, row_bytes, start, stop):
+    """Ask for the rows of rows[start:stop]: the first lines of all, so that translations overlap, then the rest."""
+    mask = (1 << shift) - 1
+    for u in range(start, stop):
+        row = rows[u]
+        if row >= 0:
+            prefetch(pointers[row >> shift] + (row & mask) * row_bytes)
+    for u in range(start, stop):
+        row = rows[u]
+        if row >= 0:
+            address = pointers[row >> shift] + (row & mask) * row_bytes
+            for line in range(64, row_bytes, 64):
+                prefetch(address + line)
+
+
+@njit
 def _update_loop(job, place, memory, tables, lists, scalars, scale):
     code, seen_step, stream, start, stop = job
     shift, row_bytes, dim, is_bf16, first_at, second_at, steps_at, id_at, seen_at, count_at = place
@@ -219,13 +250,10 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
     scratch = np.zeros(2 * padded, np.float32)
     g_at = scratch.ctypes.data
     wide_at = g_at + 4 * padded
+    _fetch_rows(pointers, rows, shift, row_bytes, start, min(start + ROWS_AHEAD, stop))
     for u in range(start, stop):
-        if u + ROWS_AHEAD < stop:
-            row = rows[u + ROWS_AHEAD]
-            if row >= 0:
-                ahead = pointers[row >> shift] + (row & mask) * row_bytes
-                for line in range(0, row_bytes, 64):
-                    prefetch(ahead + line)
+        if (u - start) % ROWS_AHEAD == 0:
+            _fetch_rows(pointers, rows, shift, row_bytes, u + ROWS_AHEAD, min(u + 2 * ROWS_AHEAD, stop))
         row = rows[u]
         if row < 0:
             continue

@@ -224,6 +224,8 @@ def _load_table(
     slices = rank_slices(rank, world_size)
     age = manifests[-1].step if rebase_steps else 0
     table.clear()
+    if name in manifests[0].tables:
+        table.reserve(manifests[0].tables[name].rows // world_size)
     for path, manifest in zip(chain, manifests, strict=True):
         if name not in manifest.tables:  # a table that joined the run between two checkpoints of the chain
             continue

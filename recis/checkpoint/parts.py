@@ -23,6 +23,7 @@ from recis.errors import CheckpointError
 from recis_kernels.philox import hash64
 
 PART_BYTES = 16 << 20
+PARTS_IN_FLIGHT = 2  # parts being written while the next is made
 _NAME = re.compile(r"(?P<what>table|admission|tombstones)-(?P<table>.+)-\d{5}-of-\d{5}(-\d{3,})?\.safetensors")
 
 Slices = tuple[int, int]
@@ -74,6 +75,8 @@ def write_parts(
 ) -> dict[str, FileEntry]:
     """Write each dict of fields, "ids" among them, into a file of its own; returns the manifest entries.
 
+    The memory of a part is free again when PARTS_IN_FLIGHT more have been asked for.
+
     Raises:
         CheckpointError: an id is not the rank's, or a file cannot be written.
     """
@@ -84,7 +87,7 @@ def write_parts(
         for part, fields in enumerate(parts):
             _check_owner(table, fields["ids"], rank, world_size)
             name = file_name("table", table, rank, world_size, part)
-            if len(waiting) == 2:
+            if len(waiting) == PARTS_IN_FLIGHT:
                 done, future = waiting.pop(0)
                 entries[done] = future.result()
             task = pool.submit(write_tensors, folder / name, fields, slices=slices, rows=fields["ids"].numel())

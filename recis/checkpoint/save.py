@@ -8,7 +8,10 @@ rename. One save is in flight; the next waits for it. A save that fails removes 
 and raises at the next call.
 """
 
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,13 +35,14 @@ from recis.checkpoint.manifest import (
     read_manifest,
     step_folder,
 )
-from recis.checkpoint.parts import file_name, rows_per_part, write_parts
+from recis.checkpoint.parts import PARTS_IN_FLIGHT, file_name, rows_per_part, write_parts
 from recis.checkpoint.tensors import dtype_name, write_bytes, write_tensors
 from recis.embedding import TableSet, TableSnapshot
 from recis.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
-READ_ROWS = 8192  # rows read at once from a view of a table
+READ_ROWS = 4096  # rows read at once from a view of a table while training goes on
+_LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,7 @@ class Saver:
         self.keep = keep
         self.snapshot_memory_mib = snapshot_memory_mib
         self.background = background
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recis-save")
+        self._thread = _pool(1, gentle=background)
         self._in_flight: Future[Path] | None = None
 
     def save(self, boundary: Boundary, *, protect: Sequence[int] = (), base: Path | None = None) -> Path | None:
@@ -148,7 +152,7 @@ class Saver:
             self._thread.shutdown()
 
     def _write(self, captured: Captured, protect: Sequence[int]) -> Path:
-        final = write_checkpoint(captured, self.run)
+        final = write_checkpoint(captured, self.run, gentle=self.background)
         rotate(self.run, self.keep, [self.run / step_folder(step) for step in protect])
         return final
 
@@ -190,8 +194,10 @@ def capture(boundary: Boundary, *, base: Path | None = None, memory_mib: int = 1
     return Captured(boundary=boundary, tables=tables, dense=dense, trees=trees, plain=plain, base=on)
 
 
-def write_checkpoint(captured: Captured, run: Path) -> Path:
+def write_checkpoint(captured: Captured, run: Path, *, gentle: bool = False) -> Path:
     """Write a captured boundary as one process and return its folder; on failure nothing of it is left.
+
+    Gentle: let training go first, at the price of a longer save.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -201,23 +207,24 @@ def write_checkpoint(captured: Captured, run: Path) -> Path:
             stack.callback(snapshot.close)
         tmp = make_tmp(run, step_folder(captured.boundary.step))
         try:
-            report = write_rank(captured, tmp, rank=0, world_size=1)
+            report = write_rank(captured, tmp, rank=0, world_size=1, gentle=gentle)
             return commit_checkpoint(captured, tmp, run, [report])
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
 
 
-def write_rank(captured: Captured, tmp: Path, *, rank: int, world_size: int) -> RankFiles:
+def write_rank(captured: Captured, tmp: Path, *, rank: int, world_size: int, gentle: bool = False) -> RankFiles:
     """Write the files of one rank into `tmp`; dense tensors and config.json are rank 0's."""
     of = f"{rank:05d}-of-{world_size:05d}"
     files: dict[str, FileEntry] = {}
     tables: dict[str, TableEntry] = {}
-    with ThreadPoolExecutor(2, thread_name_prefix="recis-save") as pool:
-        is_delta = captured.base is not None
+    with _pool(2, gentle=gentle) as pool:
         for name, snapshot in captured.tables.items():
-            written, tables[name] = _write_table(tmp, name, snapshot, rank, world_size, pool, is_delta)
-            files.update(written)
+            tables[name] = entry = _table_entry(snapshot, is_delta=captured.base is not None)
+            parts = _parts(snapshot, rows_per_part(entry.row_bytes), gentle=gentle)
+            files.update(write_parts(tmp, name, parts, rank=rank, world_size=world_size, pool=pool))
+            files.update(_write_rest(tmp, name, snapshot, rank, world_size, is_delta=captured.base is not None))
     for name, (text, tensors) in captured.trees.items():
         file = f"{name}-{of}.safetensors"
         files[file] = write_tensors(tmp / file, tensors, metadata={"tree": text})
@@ -264,17 +271,9 @@ def merge_tables(reports: Sequence[Mapping[str, TableEntry]]) -> dict[str, Table
     return merged
 
 
-def _write_table(
-    tmp: Path,
-    name: str,
-    snapshot: TableSnapshot,
-    rank: int,
-    world_size: int,
-    pool: ThreadPoolExecutor,
-    is_delta: bool,
-) -> tuple[dict[str, FileEntry], TableEntry]:
+def _table_entry(snapshot: TableSnapshot, *, is_delta: bool) -> TableEntry:
     signature = snapshot.signature
-    entry = TableEntry(
+    return TableEntry(
         dim=signature["dim"],
         dtype=dtype_name(getattr(torch, signature["dtype"])),
         rows=snapshot.num_rows,
@@ -285,8 +284,13 @@ def _write_table(
         state_widths=snapshot.state_widths,
         states=[snapshot.state],
     )
-    parts = _parts(snapshot, rows_per_part(entry.row_bytes))
-    files = write_parts(tmp, name, parts, rank=rank, world_size=world_size, pool=pool)
+
+
+def _write_rest(
+    tmp: Path, name: str, snapshot: TableSnapshot, rank: int, world_size: int, *, is_delta: bool
+) -> dict[str, FileEntry]:
+    """Write what a table has beside rows: what admission counted and, in a delta, the tombstones."""
+    files: dict[str, FileEntry] = {}
     slices = rank_slices(rank, world_size)
     # the log of changes ends at every checkpoint: what it says stands in the tombstones and rows of a delta
     admission = {key: value for key, value in snapshot.admission.items() if not key.startswith("log.")}
@@ -296,20 +300,39 @@ def _write_table(
     if is_delta:
         file = file_name("tombstones", name, rank, world_size)
         files[file] = write_tensors(tmp / file, {"ids": snapshot.tombstones}, slices=slices)
-    return files, entry
+    return files
 
 
-def _parts(snapshot: TableSnapshot, part_rows: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the rows of a table, part by part; read a little at a time, because training may wait for a read to end."""
-    for start in range(0, snapshot.num_rows, part_rows):
+def _parts(snapshot: TableSnapshot, part_rows: int, *, gentle: bool) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows of a table, part by part.
+
+    Gentle: rows are read a few at a time, because training may have to wait for a read to end, into memory that is used
+    again for the third part after.
+    """
+    starts = range(0, snapshot.num_rows, part_rows)
+    if not gentle:
+        yield from (snapshot.read(start, min(start + part_rows, snapshot.num_rows)) for start in starts)
+        return
+    ring: list[dict[str, Tensor]] = [{} for _ in range(PARTS_IN_FLIGHT + 1)]
+    for number, start in enumerate(starts):
         stop = min(start + part_rows, snapshot.num_rows)
-        part: dict[str, Tensor] = {}
+        buffers = ring[number % len(ring)]
         for first in range(start, stop, READ_ROWS):
             for key, values in snapshot.read(first, min(first + READ_ROWS, stop)).items():
-                if key not in part:
-                    part[key] = values.new_empty((stop - start, *values.shape[1:]))
-                part[key][first - start : first - start + values.shape[0]] = values
-        yield part
+                if key not in buffers:
+                    buffers[key] = values.new_empty((min(part_rows, snapshot.num_rows), *values.shape[1:]))
+                buffers[key][first - start : first - start + values.shape[0]] = values
+        yield {key: values[: stop - start] for key, values in buffers.items()}
+
+
+def _pool(threads: int, *, gentle: bool) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "recis-save", _yield_to_training if gentle else None)
+
+
+def _yield_to_training() -> None:
+    """Let this thread run when nobody else wants the core; Linux sets priorities per thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def _copied(tensor: Tensor) -> Tensor:

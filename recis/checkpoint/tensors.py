@@ -38,7 +38,7 @@ _NAME_OF = {
     torch.bool: "BOOL",
 }
 _DTYPE_OF = {name: dtype for dtype, name in _NAME_OF.items()}
-_WRITE_BYTES = 4 << 20  # hash and write go through the cache in pieces of this size
+_WRITE_BYTES = 1 << 20  # a piece is hashed and then written: small enough to be still in cache
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -89,7 +89,7 @@ def _place(part: pa.RecordBatch, row: int, recipe: Recipe) -> tuple[str, str, in
 
 def _error(part: pa.RecordBatch, row: int, fault: Fault, recipe: Recipe) -> DataError:
     file, unit, number = _place(part, row, recipe)
-    option = fault.option or "put it right, or set on_bad_row='skip'"
+    option = f"{fault.option or 'put it right'}, or set on_bad_row='skip' to leave such rows out"
     return DataError(
         fault.problem, file=file, unit=unit, row=number, column=fault.column, value=fault.value, option=option
     )

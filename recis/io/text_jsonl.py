@@ -80,7 +80,7 @@ class JsonLines:
         except UnicodeDecodeError:
             return Fault(None, shown, "a line that is no UTF-8", "write the file as UTF-8")
         except ValueError as failure:
-            return Fault(None, shown, f"no JSON: {failure}", "put the line right, or set on_bad_row='skip'")
+            return Fault(None, shown, f"no JSON: {failure}", "put the line right")
         if not isinstance(row, dict):
             return Fault(None, shown, f"a JSON object is needed, not {type(row).__name__}", "write one object per line")
         for name in schema.names:

@@ -2,7 +2,7 @@
 
 A sample is an impression of item i to user u at time t. With x = sigmoid(logit), click ~ Bernoulli(x):
 
-    logit = BIAS + quality[i] + 0.9 <taste[u], style[i]> + 0.5 match(i's category, u's last clicks)
+    logit = BIAS + quality[i] + 0.6 <taste[u], style[i]> + 1.2 match(i's category, u's last clicks)
             - 0.4 |log price[i] - budget[u]| + 0.25 fresh(i, t) + evening[t] * mobile[device]
 
 Users and items are drawn from Zipf laws over those that exist at time t; both keep arriving through the whole log, so tables
@@ -171,8 +171,8 @@ def _step(
     logit = (
         BIAS
         + world.quality[item]
-        + 0.9 * (world.taste[user] * world.style[item]).sum(1)
-        + 0.5 * match
+        + 0.6 * (world.taste[user] * world.style[item]).sum(1)
+        + 1.2 * match
         - 0.4 * np.abs(world.log_price[item] - world.budget[user])
         + 0.25 * (age_days < NEW_ITEM_DAYS)
         + 0.3 * (hour >= 18) * (device == 0)

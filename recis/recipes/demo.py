@@ -119,7 +119,7 @@ def demo(
 
 
 def _tables() -> tuple[TableConfig, ...]:
-    optimizer: RowOptimizer = Adam(lr=2e-3)
+    optimizer: RowOptimizer = Adam(lr=1e-3)
 
     def table(name: str, *features: str, sightings: int = 1, ttl_steps: int | None = None) -> TableConfig:
         return TableConfig(
@@ -158,8 +158,8 @@ def print_against_optimum(trainer: Trainer, out: Path | None) -> None:
     optimum = ExactAuc()
     table = pq.read_table(trainer.config.eval_data.paths[0], columns=["click", "true_probability"])
     optimum.update(
-        scores=torch.from_numpy(table["true_probability"].to_numpy()),
-        labels=torch.from_numpy(table["click"].to_numpy()).float(),
+        scores=torch.tensor(table["true_probability"].to_numpy()),
+        labels=torch.tensor(table["click"].to_numpy()).float(),
     )
     best, ours = optimum.compute(), trainer.state.metrics["auc"]
     print(f"test AUC {ours:.4f}; Bayes-optimal AUC of this test day {best:.4f}; ", end="")
@@ -204,12 +204,19 @@ def show_exact_resume(folder: Path, settings: Sequence[str]) -> bool:
     victim.wait()
     at = _logged_steps(killed)
     subprocess.run([*command, "--out", str(killed), "--resume"], check=True, capture_output=True)
-    ours, theirs = (read_manifest(list_checkpoints(run)[-1]) for run in (killed, straight))
-    different = sorted(name for name in {*ours.files, *theirs.files} if ours.files.get(name) != theirs.files.get(name))
-    equal = not different and ours.reader == theirs.reader and ours.tables == theirs.tables
-    print(f"   killed at step {at}, resumed, step {ours.step}: ", end="")
-    print("every file equal to the straight run's" if equal else f"DIFFERENT: {different or 'manifest'}")
-    return equal
+    different = differing_parts(killed, straight)
+    step = read_manifest(list_checkpoints(killed)[-1]).step
+    print(f"   killed at step {at}, resumed, step {step}: ", end="")
+    print(f"DIFFERENT: {', '.join(different)}" if different else "every byte equal to the straight run's")
+    return not different
+
+
+def differing_parts(run: Path, other: Path) -> list[str]:
+    """Return what differs between the newest checkpoints of two runs: files by their SHA-256, and the manifest's parts."""
+    ours, theirs = (read_manifest(list_checkpoints(folder)[-1]) for folder in (run, other))
+    files = [name for name in {*ours.files, *theirs.files} if ours.files.get(name) != theirs.files.get(name)]
+    parts = ("step", "seed", "tables", "dense", "reader", "schedules", "metrics", "trainer")
+    return sorted(files) + [part for part in parts if getattr(ours, part) != getattr(theirs, part)]
 
 
 def _logged_steps(run: Path) -> int:

@@ -11,6 +11,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from recis.io import DataConfig, Dense, Ids, Label, Strings
 from recis.io.batch import Batch
 from recis.metrics import Calibration, ExactAuc, LogLoss, Ne
 from recis.models.inputs import DenseInput, PooledInputs
-from recis.models.layers import MLP, FactorizationMachine
 from recis.optim import Adam, Cosine
 from recis.trainer import DenseAdamW, TrainConfig, Trainer
 
@@ -208,26 +208,37 @@ class ShoppersModel(nn.Module):
         statistics = torch.tensor(config.statistics)
         self.register_buffer("mean", statistics[:, 0])
         self.register_buffer("std", statistics[:, 1])
-        num_fields = len(config.tables)
         num_dense = len(config.statistics) + 1
-        width = num_fields * (FIELD_DIM - 1) + num_dense
-        self.fm = FactorizationMachine()
-        self.drop = nn.Dropout(config.dropout)
-        self.linear = nn.ModuleList(nn.Linear(num_dense, 1) for _ in range(NUM_MEMBERS))
-        self.mlp = nn.ModuleList(
-            MLP(width, config.hidden, out_width=1, dropout=config.dropout) for _ in range(NUM_MEMBERS)
-        )
+        widths = (len(config.tables) * (FIELD_DIM - 1) + num_dense, *config.hidden, 1)
+        self.linear = MemberLinear(num_dense, 1)
+        self.layers = nn.ModuleList(MemberLinear(before, after) for before, after in pairwise(widths))
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, batch: Batch) -> Tensor:
-        rows = self.inputs.fields(batch).unflatten(2, (NUM_MEMBERS, FIELD_DIM))
+        rows = self.inputs.fields(batch).unflatten(2, (NUM_MEMBERS, FIELD_DIM)).permute(2, 0, 1, 3)  # [M, B, F, D]
         values = self.inputs.dense(batch)
         dense = torch.cat([(log_features(values[:, :-1]) - self.mean) / self.std, values[:, -1:]], dim=1)
-        logits = []
-        for member, (linear, mlp) in enumerate(zip(self.linear, self.mlp, strict=True)):
-            first, factors = rows[:, :, member, 0].sum(1, keepdim=True), rows[:, :, member, 1:]
-            deep = mlp(self.drop(torch.cat([factors.flatten(1), dense], dim=1)))
-            logits.append(first + linear(dense) + self.fm(factors) + deep)
-        return torch.cat(logits, dim=1)
+        dense = dense.expand(NUM_MEMBERS, -1, -1)
+        linear, factors = rows[..., :1].sum(2), rows[..., 1:]
+        pairs = (factors.sum(2).square() - factors.square().sum(2)).sum(2, keepdim=True) / 2  # factorization machine
+        hidden = torch.cat([factors.flatten(2), dense], dim=2)
+        for layer in self.layers[:-1]:
+            hidden = torch.relu(layer(self.dropout(hidden)))
+        logits = linear + pairs + self.linear(dense) + self.layers[-1](self.dropout(hidden))
+        return logits.squeeze(2).t()
+
+
+class MemberLinear(nn.Module):
+    """One linear layer per member in a single product: [M, B, in] -> [M, B, out]; starts like nn.Linear."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(num_in)
+        self.weight = nn.Parameter(torch.empty(NUM_MEMBERS, num_in, num_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(NUM_MEMBERS, 1, num_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
 
 
 def member_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -192,20 +192,23 @@ def print_intervals(trainer: Trainer, out: Path | None, *, test: Path, candidate
     table = pq.read_table(test)
     data = trainer.config.eval_data
     scores = torch.cat(list(trainer.predict(data)))[:, 0]
-    labels = torch.from_numpy(table["click"].to_numpy().astype(np.float32))
+    labels = torch.from_numpy(table["click"].to_numpy().astype(np.float64))
     print(f"test impressions {len(table):,}, clicks {int(labels.sum())}; 95 % bootstrap intervals over impressions")
     metrics: tuple[Metric, ...] = (ExactAuc(), Ne(), Calibration())
     for metric in metrics:
         interval = bootstrap(partial(_value, metric, scores, labels), len(labels), num_resamples=500)
         print(f"  {metric.key:<6} {interval}")
     pairs = torch.cat(list(trainer.predict(replace(data, paths=(str(candidates),)))))[:, 0]
-    best = pairs.view(len(table), -1).argmax(1).numpy()
-    target = (best == table["item_id"].to_numpy()).astype(np.float64)
-    logged = table["propensity_score"].to_numpy()
+    best = pairs.view(len(table), -1).argmax(1)
+    target = (best == torch.from_numpy(table["item_id"].to_numpy().copy())).double()
+    logged = torch.from_numpy(table["propensity_score"].to_numpy().copy())
     print(f"  click rate as logged      {float(labels.mean()):.4f}")
-    for name, estimate in (("IPS", ips), ("SNIPS", snips)):
-        value = estimate(labels, logged, target)
+    values = {"IPS": ips(labels, logged, target), "SNIPS": snips(labels, logged, target)}
+    for name, value in values.items():
         print(f"  greedy policy by {name:<6}  {value.interval}   ({value.num_effective:.0f} effective impressions)")
+    if not bool((target * labels).any()):  # no reward, no spread: the intervals above have no width and say nothing
+        bound = 1.0 - 0.05 ** (1.0 / max(values["SNIPS"].num_effective, 1.0))
+        print(f"  none of those was clicked: all that is known is a rate below {bound:.4f} (exact binomial, 95 %)")
 
 
 def _value(metric: Metric, scores: Tensor, labels: Tensor, rows: np.ndarray) -> float:

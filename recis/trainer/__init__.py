@@ -5,7 +5,7 @@
     Trainer, StepOutput                        what runs it
     RunState                                   where a run stands; what hooks see
     Logger, EarlyStop, Checkpoint, Evict, TensorBoard, Profiler, Progress    hooks
-    to_json, from_json, override, differences  configs as JSON and from the command line
+    to_json, from_json, differences            configs as JSON; recis.trainer.override sets their fields from text
 
 Names are imported on first use: a config can be made without pyarrow.
 """
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from recis.trainer.hooks import Checkpoint, EarlyStop, Evict, Logger, Profiler, TensorBoard
-    from recis.trainer.override import override
     from recis.trainer.progress import Progress
     from recis.trainer.serialize import differences, from_json, to_json
     from recis.trainer.state import RunState
@@ -46,7 +45,6 @@ _CONFIG = (
 _HOME = {
     **dict.fromkeys(_CONFIG, "config"),
     **dict.fromkeys(("Checkpoint", "EarlyStop", "Evict", "Logger", "Profiler", "TensorBoard"), "hooks"),
-    "override": "override",
     "Progress": "progress",
     **dict.fromkeys(("differences", "from_json", "to_json"), "serialize"),
     "RunState": "state",
@@ -77,7 +75,6 @@ __all__ = [
     "to_json",
     "from_json",
     "differences",
-    "override",
 ]
 
 

@@ -15,18 +15,29 @@ MAX_POINTS = 600  # a curve is thinned to this many points: more cannot be seen 
 Series = tuple[str, Sequence[float], Sequence[float]]
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str, diagonal: bool = False) -> str:
-    """Return an SVG figure with one line per (name, x, y); points that are not finite break a line.
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    diagonal: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """Return an SVG figure with one line per (name, x, y); points that are not finite are left out.
+
+    A series without points keeps its colour from the others, so that one name has one colour in all charts of a page.
 
     Args:
         diagonal: also draw y = x, for calibration plots.
+        from_zero: let the y axis begin at 0.
     """
-    drawn = [(name, *_finite(xs, ys)) for name, xs, ys in series]
-    drawn = [(name, xs, ys) for name, xs, ys in drawn if xs]
+    finite = [(index, name, *_finite(xs, ys)) for index, (name, xs, ys) in enumerate(series)]
+    drawn = [line for line in finite if line[2]]
     if not drawn:
         return _figure(title, '<text x="50%" y="50%" text-anchor="middle">no values</text>', ())
-    x_low, x_high = _range([x for _, xs, _ in drawn for x in xs])
-    y_low, y_high = _range([y for _, _, ys in drawn for y in ys])
+    x_low, x_high = _range([x for *_, xs, _ in drawn for x in xs])
+    y_low, y_high = _range([*(y for *_, ys in drawn for y in ys), *([0.0] if from_zero else [])])
     if diagonal:
         x_low = y_low = min(x_low, y_low)
         x_high = y_high = max(x_high, y_high)
@@ -34,16 +45,16 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
     if diagonal:
         (x0, y0), (x1, y1) = (_place(v, v, x_low, x_high, y_low, y_high) for v in (x_low, x_high))
         marks.append(f'<line class="diagonal" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>')
-    for index, (name, xs, ys) in enumerate(drawn):
+    for index, name, xs, ys in drawn:
         every = max(1, math.ceil(len(xs) / MAX_POINTS))
         points = [_place(x, y, x_low, x_high, y_low, y_high) for x, y in zip(xs[::every], ys[::every], strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         marks.append(
-            f'<polyline class="line s{index % 6}" points="{path}"><title>{html.escape(name)}</title></polyline>'
+            f'<polyline class="line {_style(index)}" points="{path}"><title>{html.escape(name)}</title></polyline>'
         )
         if len(points) <= 40:
             marks += [f'<circle class="dot s{index % 6}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-    return _figure(title, "".join(marks), [name for name, _, _ in drawn])
+    return _figure(title, "".join(marks), [(index, name) for index, name, *_ in drawn])
 
 
 def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], *, x_label: str, y_label: str) -> str:
@@ -87,10 +98,10 @@ def _place(x: float, y: float, x_low: float, x_high: float, y_low: float, y_high
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers between low and high."""
-    raw = (high - low) / 5
+    """Return four to eight round numbers between low and high."""
+    raw = (high - low) / 7
     scale = 10 ** math.floor(math.log10(raw))
-    step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= raw)
+    step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= raw)
     first = math.ceil(low / step)
     return [k * step for k in range(first, math.floor(high / step) + 1)]
 
@@ -130,8 +141,13 @@ def _text(value: float) -> str:
     return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _figure(title: str, marks: str, legend: Sequence[str]) -> str:
-    keys = [f'<span class="key s{index % 6}">{html.escape(name)}</span>' for index, name in enumerate(legend)]
+def _style(index: int) -> str:
+    """Return the classes of a line: six colours, then the same six dashed."""
+    return f"s{index % 6}" + (f" d{index // 6}" if index >= 6 else "")
+
+
+def _figure(title: str, marks: str, legend: Sequence[tuple[int, str]]) -> str:
+    keys = [f'<span class="key {_style(index)}">{html.escape(name)}</span>' for index, name in legend]
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{marks}</svg>'

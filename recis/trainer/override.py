@@ -6,10 +6,11 @@ The config is frozen, so a changed copy is built from the inside out; each datac
 """
 
 import dataclasses
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from recis.errors import ConfigError, nearest
 
@@ -71,10 +72,17 @@ def _set(value: Any, parts: list[str], text: str, setting: str, hint: Any = None
 
 
 def _field_hint(owner: type, name: str) -> Any:
-    try:
-        return get_type_hints(owner)[name]
-    except NameError:  # a name that the module imports for type checkers only: the value there is must do
-        return None
+    """Return the type of one field; the annotations of the others may name what is imported for type checkers only."""
+    for base in owner.__mro__:
+        hint = vars(base).get("__annotations__", {}).get(name)
+        if isinstance(hint, str):
+            try:
+                return eval(hint, vars(sys.modules[base.__module__]))
+            except NameError:  # the value there must do
+                return None
+        if hint is not None:
+            return hint
+    return None
 
 
 def _item_hint(hint: Any) -> Any:

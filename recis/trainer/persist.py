@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load, resolve_chain
+from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load, read_manifest, resolve_chain, tree
 from recis.checkpoint.manifest import step_folder
-from recis.errors import CheckpointError
+from recis.errors import CheckpointError, ConfigError
 from recis.trainer.build import load_named_optimizer_state, named_optimizer_state
 from recis.trainer.config import InitFrom, TrainConfig
 from recis.trainer.randomness import random_state, set_random_state

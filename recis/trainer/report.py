@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from recis.checkpoint.tensors import storage_error
 from recis.errors import ConfigError
 from recis.trainer.charts import bar_chart, line_chart
 from recis.trainer.log import read_log
 from recis.trainer.run_folder import CONFIG_NAME, LOG_NAME, read_config
 
 PREDICTIONS = Path("predictions") / "eval.parquet"
+MAX_TABLES = 12  # lines in the chart of tables: more cannot be told apart
 CALIBRATION_BINS = 20
 GROUP_BINS = 20
 _NOT_METRICS = {"kind", "step", "loss", "samples", "samples_per_s", "tables"}
@@ -40,8 +42,10 @@ line.diagonal{stroke:var(--soft);stroke-dasharray:4 4}
 .legend{display:flex;flex-wrap:wrap;gap:.3rem 1rem;font-size:13px}.key{border-left:1rem solid;padding-left:.4rem}
 .key.s0{border-color:var(--c0)}.key.s1{border-color:var(--c1)}.key.s2{border-color:var(--c2)}
 .key.s3{border-color:var(--c3)}.key.s4{border-color:var(--c4)}.key.s5{border-color:var(--c5)}
-table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:right;border-bottom:1px solid var(--line)}
-td:first-child,th:first-child{text-align:left}.scroll{overflow-x:auto}pre{overflow-x:auto;font-size:12px}
+.d1{stroke-dasharray:6 3}.key.d1{border-left-style:dashed;border-left-width:.9rem}.soft{color:var(--soft)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .8rem .2rem 0;text-align:right;border-bottom:1px solid var(--line)}
+td:first-child,th:first-child{text-align:left}td:last-child,th:last-child{padding-right:0}.scroll{overflow-x:auto;margin-top:1rem}pre{overflow-x:auto;font-size:12px}
 """
 
 
@@ -50,19 +54,23 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         ConfigError: the folder holds no run, or its log is empty.
+        CheckpointError: the page cannot be written; one that was there before is left as it was.
     """
     config = read_config(run)
     records = read_log(run / LOG_NAME)
     if not records:
-        raise ConfigError(f"{run}: {LOG_NAME} has no line yet; train with --log lines first (log_every_steps)")
+        raise ConfigError(
+            f"{run}: {LOG_NAME} has no line yet; train first, and with log_every_steps below the number of steps"
+        )
     train = [record for record in records if record["kind"] == "train"]
     evals = [record for record in records if record["kind"] == "eval"]
     name = config.get("name") or config.get("config", {}).get("name", run.name)
     parts = [
         f"<h1>{html.escape(str(name))}</h1><p>{html.escape(_summary(train, evals))}</p>",
+        f'<p class="soft">{html.escape(str(run.resolve()))}</p>',
         _metric_table(evals),
         _section("Learning", [_loss_chart(train, evals), *_metric_charts(train, evals)]),
-        _section("Predictions", _prediction_charts(run / PREDICTIONS)),
+        _section("Predictions on the evaluation data", _prediction_charts(run / PREDICTIONS)),
         _section("Tables and speed", _table_charts(train)),
         _counter_table(train),
         _config_section(config),
@@ -72,7 +80,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         f"<title>{html.escape(str(name))} - recis run</title><style>{_STYLE}</style>{''.join(parts)}</html>"
     )
     target = out or run / "report.html"
-    target.write_text(page)
+    part = target.with_name(f".tmp-{target.name}")
+    try:
+        part.write_text(page)
+        part.replace(target)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        if target.parent.is_dir():
+            part.unlink(missing_ok=True)
     return target
 
 
@@ -83,8 +99,13 @@ def _config_section(config: Any) -> str:
 
 def _summary(train: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> str:
     step = max(record["step"] for record in (*train, *evals))
-    samples = f", {train[-1]['samples']:,} samples" if train else ""
-    return f"{step:,} steps{samples}, {len(evals)} evaluations"
+    parts = [f"{step:,} steps", f"{len(evals)} evaluation{'' if len(evals) == 1 else 's'}"]
+    if train:
+        rates = [record["samples_per_s"] for record in train if record.get("samples_per_s") is not None]
+        rows = sum(counters.get("size", 0) for counters in train[-1].get("tables", {}).values())
+        parts.insert(1, f"{train[-1]['samples']:,} samples")
+        parts += [f"{rows:,} rows in tables", *([f"median {np.median(rates):,.0f} samples/s"] if rates else [])]
+    return ", ".join(parts)
 
 
 def _section(title: str, charts: Sequence[str]) -> str:
@@ -102,9 +123,7 @@ def _metric_table(evals: Sequence[dict[str, Any]]) -> str:
 
 
 def _loss_chart(train: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> str:
-    series = [("training", *_curve(train, "loss"))]
-    if any(record.get("loss") is not None for record in evals):
-        series.append(("evaluation", *_curve(evals, "loss")))
+    series = [("training", *_curve(train, "loss")), ("evaluation", *_curve(evals, "loss"))]
     return line_chart("Loss", series, x_label="step", y_label="loss per sample")
 
 
@@ -112,8 +131,8 @@ def _metric_charts(train: Sequence[dict[str, Any]], evals: Sequence[dict[str, An
     keys = dict.fromkeys(key for record in (*evals, *train) for key in record if key not in _NOT_METRICS)
     charts = []
     for key in keys:
-        series = [("evaluation", *_curve(evals, key)), ("training", *_curve(train, key))]
-        charts.append(line_chart(key, [s for s in series if s[1]], x_label="step", y_label=key))
+        series = [("training", *_curve(train, key)), ("evaluation", *_curve(evals, key))]
+        charts.append(line_chart(key, series, x_label="step", y_label=key))
     return charts
 
 
@@ -128,10 +147,14 @@ def _table_charts(train: Sequence[dict[str, Any]]) -> list[str]:
     for name in names:
         having = [record for record in train if name in record.get("tables", {})]
         growth.append((name, [r["step"] for r in having], [r["tables"][name]["size"] for r in having]))
+    growth.sort(key=lambda line: -line[2][-1])
+    title = (
+        "Rows per table" if len(growth) <= MAX_TABLES else f"Rows of the {MAX_TABLES} largest of {len(growth)} tables"
+    )
     speed = [("training", *_curve(train, "samples_per_s"))]
     return [
-        line_chart("Rows per table", growth, x_label="step", y_label="rows"),
-        line_chart("Throughput", speed, x_label="step", y_label="samples per second"),
+        line_chart(title, growth[:MAX_TABLES], x_label="step", y_label="rows", from_zero=True),
+        line_chart("Throughput", speed, x_label="step", y_label="samples per second", from_zero=True),
     ]
 
 
@@ -222,4 +245,6 @@ def _number(value: Any) -> str:
         return "-"
     if isinstance(value, int) or (isinstance(value, float) and value == int(value) and abs(value) >= 1000):
         return f"{int(value):,}"
-    return f"{value:.5g}" if isinstance(value, float) else html.escape(str(value))
+    if not isinstance(value, float):
+        return html.escape(str(value))
+    return f"{value:.5f}" if 1e-3 <= abs(value) < 100 else f"{value:.5g}"

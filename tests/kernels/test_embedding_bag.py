@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from recis_kernels import checks
 from recis_kernels.embedding_bag import bag_factors, embedding_bag, factor_grads, row_gather, tile_positions
 from recis_kernels.row_blocks import RowBlocks, RowLayout
 
@@ -211,3 +212,13 @@ def test_wrong_gradients_and_weights_are_named():
         bag_factors(torch.tensor([0, 3]), None, torch.tensor([True, False]))
     with pytest.raises(ValueError, match="weights must be"):
         bag_factors(torch.tensor([0, 3]), torch.zeros(3, dtype=torch.int64), True)
+
+
+def test_content_is_checked_on_request():
+    blocks, _ = filled_blocks(4, 3)  # capacity 8
+    with checks():
+        row_gather(blocks, torch.tensor([7, -1]), torch.tensor([0, -1, 1]))
+        with pytest.raises(ValueError, match="rows must lie in -1..7; got 8..8"):
+            row_gather(blocks, torch.tensor([8]))
+        with pytest.raises(ValueError, match="inverse must lie in -1..1; got 0..2"):
+            row_gather(blocks, torch.tensor([1, 2]), torch.tensor([0, 2]))

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recis_kernels import checks
+from recis_kernels.grad_lists import list_grads
 from recis_kernels.row_grads import (
     PendingLookup,
     RowGrad,
-    list_grads,
     merge_lookups,
     reduce_grads,
     reduce_lookups,

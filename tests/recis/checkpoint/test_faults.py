@@ -188,9 +188,9 @@ def test_a_save_shows_the_boundary_whatever_training_does_meanwhile(kit, tmp_pat
     save_module = sys.modules["recis.checkpoint.save"]  # the package's `save` is the function
     parts = save_module._parts
 
-    def held(*args):
+    def held(*args, **more):
         go.wait(10)
-        yield from parts(*args)
+        yield from parts(*args, **more)
 
     monkeypatch.setattr(save_module, "_parts", held)
     saver = Saver(tmp_path)

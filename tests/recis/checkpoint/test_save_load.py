@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from recis.checkpoint import Target, load, load_latest, read_manifest, save, verify
+from recis.checkpoint import Saver, Target, load, load_latest, read_manifest, save, verify
 from recis.checkpoint import parts as parts_module
 from recis.embedding import CountMin, TableConfig
 from recis.embedding.admission import AfterSightings
@@ -72,7 +72,11 @@ def test_many_small_parts(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["recis.checkpoint.save"], "READ_ROWS", 7)
     tables = kit.table_set()
     kit.fill(tables["item"], range(500))
-    path = save(tmp_path, kit.boundary(tables))
+    saver = Saver(tmp_path)  # in the background rows are read a few at a time
+    saver.save(kit.boundary(tables))
+    path = saver.wait()
+    saver.close()
+    assert path is not None
     names = parts_module.files_of(read_manifest(path), "table", "item")
     assert len(names) > 20
     assert verify(path) == []

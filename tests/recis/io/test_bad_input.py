@@ -30,7 +30,7 @@ def test_a_value_is_named_with_its_place(tmp_path):
     error = fails(path, Dense("x"))
     assert str(error) == (
         f"{path}, row group 1, row 1, column 'x', value nan: NaN or infinite in a dense column; "
-        "set Dense('x', nonfinite=0.0) to replace such values"
+        "set Dense('x', nonfinite=0.0) to replace such values, or set on_bad_row='skip' to leave such rows out"
     )
     assert (error.file, error.unit, error.row, error.column) == (str(path), "row group 1", 1, "x")
     assert math.isnan(error.value)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ def test_rows_count_with_their_sums(in_two):
         look_up(collection, [[5], [5]], [[1.0, 0.0], [3.0, 0.0]])
     norm = clip_grad_norm([dense, torch.nn.Parameter(torch.zeros(3))], collection, 1.0)
     assert norm.item() == 5.0
+    assert dense.grad is not None
     assert dense.grad.item() == pytest.approx(3 * 0.19999996, abs=1e-6)
     optimizer.step()
     weight = collection.table_set["item"].export()["weight"]
@@ -52,6 +53,7 @@ def test_small_gradients_stay():
     optimizer = SparseOptimizer(collection)
     look_up(collection, [[5]], [[4.0, 0.0]])
     assert clip_grad_norm([dense], collection, 10.0).item() == 5.0
+    assert dense.grad is not None
     assert dense.grad.item() == 3.0
     optimizer.step()
     assert collection.table_set["item"].export()["weight"].tolist() == [[-4.0, 0.0]]
@@ -75,6 +77,7 @@ def test_a_norm_that_is_not_finite_changes_nothing_and_is_named(value):
     look_up(collection, [[5], [6]], [[1.0, 0.0], [value, 0.0]])
     with pytest.raises(NonFiniteNorm, match="table 'item', id 6, step 1; nothing was changed"):
         clip_grad_norm([dense], collection, 1.0)
+    assert dense.grad is not None
     assert dense.grad.item() == 3.0
     with pytest.raises(NonFiniteNorm, match="norm of the dense gradients is"):
         clip_grad_norm([dense_of(value)], two_columns(), 1.0)

@@ -85,7 +85,7 @@ def test_page_of_a_run(run):
     assert captions[4:] == ["Rows per table", "Throughput"]
     assert "AUC per group (2 groups with both classes)" in reader.text
     assert names.count("svg") == 6
-    assert "0.75" in reader.text
+    assert "0.75000" in reader.text
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
