@@ -9,7 +9,7 @@ CONSTRAINTS := -c constraints.txt
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 BENCH_OUT ?= benchmarks/results/$(shell date +%Y-%m-%d)-cpu-bench.json
 
-.PHONY: demo test lint types unit torchrec bench chaos mutate clean
+.PHONY: demo test lint types unit torchrec bench chaos clean
 .DEFAULT_GOAL := help
 
 help:

@@ -21,7 +21,9 @@ from recis.errors import ConfigError, RecisError
 OK, FAILED, USAGE, PARTLY = 0, 1, 2, 3
 MAX_LISTED = 1000  # rows a reader lists (recis.io.reader)
 SET_HELP = "set an option of the recipe, or a field of the run: max_steps=100, train_data.on_bad_row=skip"
-READ_HELP = "how the file is read, such as train_data.on_bad_row=skip, which leaves bad rows out and lists them"
+READ_HELP = (
+    "how the file is read: train_data.on_bad_row=skip leaves bad rows out and lists them, train_data.batch_size=8192"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +81,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     with redirect_stdout(sys.stderr):  # whatever a model or recipe prints: stdout is for the result
         run = open_run(args.run, settings=args.set)
+        print(run.weights)
         num_samples, metrics = run.measure(args.data)
     if args.json:
         _print_json("eval", args.run, args.data, num_samples, metrics)
@@ -93,6 +96,7 @@ def _predict(args: argparse.Namespace) -> int:
     from recis.runs import open_run
 
     run = open_run(args.run, settings=args.set)
+    print(run.weights, file=sys.stderr)
     count = write_predictions(run, args.data, args.out)
     print(f"{args.out}: {count:,} rows")
     return _end(run.bad_rows())
@@ -102,6 +106,7 @@ def _recommend(args: argparse.Namespace) -> int:
     from recis.runs import open_run
 
     run = open_run(args.run)
+    print(run.weights, file=sys.stderr)
     count, unknown = run.recommend(args.users, k=args.k, out=args.out)
     print(f"{args.out}: {count:,} rows; {unknown:,} users unknown to the model got the popular list")
     return OK

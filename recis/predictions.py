@@ -18,6 +18,7 @@ from recis.errors import CheckpointError, ConfigError, DataError
 from recis.input_rows import InputRows
 from recis.io.batch import RawBatch
 from recis.io.config import DataConfig
+from recis.io.files import SUFFIXES
 
 if TYPE_CHECKING:
     from recis.runs import Run
@@ -76,11 +77,15 @@ def _scores(run: "Run", data: DataConfig, rows: InputRows, num_tasks: int) -> It
 
 
 def check_output(out: Path) -> None:
-    """Raise ConfigError where no file can be written at `out`."""
+    """Raise ConfigError where no Parquet file can be written at `out`."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: {out.parent} is no folder; make it first, or name a file in another")
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; name a file")
+    if any(
+        out.name.endswith(suffix) for kind, suffixes in SUFFIXES.items() if kind != "parquet" for suffix in suffixes
+    ):
+        raise ConfigError(f"--out {out}: the output is a Parquet file; name it {out.stem}.parquet")
 
 
 def _with_scores(

@@ -19,9 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recis.checkpoint.manifest import MANIFEST_NAME
-from recis.checkpoint.tensors import storage_error
-from recis.errors import ConfigError, DataError, RecisError
+from recis.checkpoint.manifest import MANIFEST_NAME, Manifest, step_folder
+from recis.errors import CheckpointError, ConfigError, DataError, RecisError
 from recis.io import DataConfig
 from recis.io.files import COMPRESSED, SUFFIXES
 from recis.predictions import EVAL_PREDICTIONS, check_output, write_eval_predictions
@@ -54,6 +53,8 @@ class Run:
     """Settings `name=value` of the DataConfig that other files are read with."""
     is_new: bool = False
     """Whether this process made what is in the folder."""
+    weights: str = ""
+    """Where the weights of an opened run come from, in words."""
 
     def train(self) -> dict[str, float]:
         """Train to the end, write the scores of the evaluation data and the report, and return the last metrics.
@@ -157,7 +158,10 @@ def start_run(recipe: str, *, data: str | None, out: Path | None, settings: Sequ
         else:
             asked = _resumed(folder, asked, resume)
     except OSError as error:
-        raise storage_error(error, folder) from error
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(
+            f"--out {folder}: cannot be written ({reason}); free space, or name another folder"
+        ) from error
     try:
         config = call_recipe(recipe, data=asked["data"], out=folder, settings=asked["settings"])
         trainer = Trainer(config, folder, resume=True, quiet=False)
@@ -186,9 +190,24 @@ def open_run(folder: Path, *, settings: Sequence[str] = ()) -> Run:
     asked = _read_asked(home)
     config = _rebuilt(stored, asked, home)
     trainer = Trainer(config, None, quiet=True)
-    trainer.load(folder)
+    loaded = trainer.load(folder)
     recipe = None if asked is None else asked["recipe"]
-    return Run(folder=home, recipe=recipe, config=config, trainer=trainer, reading=_reading(settings))
+    return Run(
+        folder=home,
+        recipe=recipe,
+        config=config,
+        trainer=trainer,
+        reading=_reading(settings),
+        weights=_weights(loaded.path, loaded.manifest),
+    )
+
+
+def _weights(checkpoint: Path, manifest: Manifest) -> str:
+    best = (manifest.trainer or {}).get("run", {}).get("best_step")
+    if best is None or best == manifest.step:
+        return f"weights of {checkpoint}"
+    better = checkpoint.with_name(step_folder(best))
+    return f"weights of {checkpoint}; the best evaluation was that of {better}: give it as --run to use those"
 
 
 def _resumed(folder: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from recis.models.deepfm import DeepFMConfig
 from recis.models.inputs import DenseInput
 from recis.models.multitask import MmoeConfig
 from recis.optim import Adam
-from recis.trainer import DenseAdamW, TrainConfig
+from recis.trainer import DenseAdamW, Monitor, TrainConfig
 
 COLUMNS: tuple[Column, ...] = (
     Ids("user"),
@@ -62,13 +62,16 @@ def write(path: Path, rows: pa.Table, *, row_group_size: int = 100) -> Path:
     return path
 
 
-def clicks(*, data: str | None, out: Path, evaluated: bool = True, batch: int = 32) -> TrainConfig:
+def clicks(
+    *, data: str | None, out: Path, evaluated: bool = True, monitored: bool = False, batch: int = 32
+) -> TrainConfig:
     """Return a run over the file or folder `data`, in order.
 
     Args:
         data: what `write` wrote.
         out: the run folder.
         evaluated: evaluate on the same data.
+        monitored: evaluate every 4 steps and remember the largest loss as the best, which is that of the first.
         batch: samples per step.
     """
     del out
@@ -81,6 +84,8 @@ def clicks(*, data: str | None, out: Path, evaluated: bool = True, batch: int = 
         features=FEATURES,
         metrics=(ExactAuc(), LogLoss()),
         dense_optimizer=DenseAdamW(lr=0.01),
+        eval_every_steps=4 if monitored else None,
+        monitor=Monitor(metric="loss") if monitored else None,
         save_every_steps=3,
         log_every_steps=2,
     )

@@ -144,6 +144,8 @@ def test_named_paths_exist(page):
     missing = [span for span in spans if not any(ROOT.glob(span.split("::")[0].split(" ")[0].rstrip("/")))]
     assert not missing
     trees = [block.text for block in blocks_of(page) if block.language == "" and "recis/" in block.text]
+    paths = {path for tree in trees for path in re.findall(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+", tree)}
+    assert not [path for path in paths if not (ROOT / path).exists()]
     names = {name for tree in trees for name in re.findall(r"(?<![\w*/.<>-])[\w.-]+\.(?:py|md|toml)\b", tree)}
     known = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {p.name for p in ROOT.iterdir()}
     assert not names - known

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.address import float32_at, load_float32, load_int32, load_int64, store_float32
+from recis_kernels.address import float32_at, load_int32, load_int64, store_float32
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
-from recis_kernels.lanes import NUM_LANES, lane_sum
+from recis_kernels.lanes import fold_rows, lane_scratch, lane_sum
 from recis_kernels.prefetch import prefetch
 from recis_kernels.row_blocks import RowBlocks
 from recis_kernels.row_rounding import widen_row
 from recis_kernels.threads import run_parts, split
 
 ROWS_AHEAD = 16
+WIDENED = 16  # bf16 rows turned to fp32 at a time
 MIN_POSITIONS_PER_THREAD = 4096
 
 
@@ -54,7 +55,7 @@ def embedding_bag(
     Args:
         rows, inverse: as for row_gather.
         offsets: [N + 1] int64, positions of each bag; they need not start at 0 nor end at L. Trusted.
-        factors: float32, one per position; None = 1, see bag_factors.
+        factors: float32, one per position; None = 1. recis_kernels.bag_factors makes them.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -91,69 +92,6 @@ def tile_positions(offsets: Tensor, num_kept: int) -> Tensor:
     """Return [N * num_kept] int64: the first num_kept positions of each bag, -1 where the bag is shorter."""
     positions = offsets[:-1, None] + torch.arange(num_kept, device=offsets.device)
     return torch.where(positions < offsets[1:, None], positions, -1).reshape(-1)
-
-
-def bag_factors(offsets: Tensor, weights: Tensor | None, mean: Tensor | bool) -> Tensor | None:
-    """Return what each position is multiplied with, float32 [L], or None for all ones; differentiable in weights.
-
-    Sum: w.  Mean: w / sum of the bag's w, 0 where that sum is 0.  No weights: all w = 1.
-
-    Args:
-        offsets: [N + 1] int64, as for embedding_bag.
-        weights: [L] floating point or None.
-        mean: for all bags, or bool [F] with F dividing N: for the bags of each feature, key-major.
-
-    Raises:
-        ValueError: a shape or dtype does not fit.
-    """
-    _check_offsets(offsets)
-    num_bags = offsets.numel() - 1
-    if isinstance(mean, Tensor) and (mean.dtype != torch.bool or mean.ndim != 1 or num_bags % max(mean.numel(), 1)):
-        raise ValueError(f"mean must be bool [F] with F dividing {num_bags} bags; got {tuple(mean.shape)} {mean.dtype}")
-    if weights is not None and (weights.ndim != 1 or not weights.is_floating_point()):
-        raise ValueError(f"weights must be floating point [L]; got {tuple(weights.shape)} {weights.dtype}")
-    takes_mean = mean if isinstance(mean, Tensor) else torch.tensor([mean], device=offsets.device)
-    if not isinstance(mean, Tensor) and not mean:
-        return None if weights is None else weights.float()
-    of_bag = takes_mean.repeat_interleave(num_bags // max(takes_mean.numel(), 1))
-    if weights is None:
-        weights = torch.ones(int(offsets[-1]), device=offsets.device)
-    return _MeanFactors.apply(weights.float(), offsets, of_bag)
-
-
-class _MeanFactors(torch.autograd.Function):
-    """f_p = w_p / S, S = sum of the bag's w;  d loss / d w_q = (a_q - sum over the bag of f_p a_p) / S."""
-
-    @staticmethod
-    def forward(ctx, weights: Tensor, offsets: Tensor, of_bag: Tensor) -> Tensor:
-        bag = _bag_of_position(offsets, weights.numel())
-        inside = bag >= 0
-        sums = torch.zeros(of_bag.numel(), dtype=torch.float64, device=weights.device)
-        sums.index_add_(0, bag[inside], weights[inside].double())
-        divisors = torch.where(of_bag, sums, 1.0)
-        inverse_sums = torch.where(divisors == 0, 0.0, 1.0 / divisors)
-        scale = torch.where(inside, inverse_sums[bag.clamp(min=0)] if of_bag.numel() else inside.double(), 1.0)
-        factors = (weights.double() * scale).float()
-        ctx.save_for_backward(factors, bag, scale, of_bag)
-        return factors
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        factors, bag, scale, of_bag = ctx.saved_tensors
-        grad, inside = grads[0].double(), bag >= 0
-        pulled = torch.zeros(of_bag.numel(), dtype=torch.float64, device=grad.device)
-        pulled.index_add_(0, bag[inside], (factors.double() * grad)[inside])
-        pulled = torch.where(of_bag, pulled, 0.0)
-        if of_bag.numel():
-            grad = grad - torch.where(inside, pulled[bag.clamp(min=0)], 0.0)
-        return (grad * scale).float(), None, None
-
-
-def _bag_of_position(offsets: Tensor, num_positions: int) -> Tensor:
-    """Return the bag of each position, -1 outside all bags."""
-    positions = torch.arange(num_positions, device=offsets.device)
-    bag = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
-    return torch.where((positions >= offsets[0]) & (bag < offsets.numel() - 1), bag, -1)
 
 
 def _checked_inverse(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:
@@ -211,7 +149,7 @@ def _source(blocks: RowBlocks, rows: Tensor, inverse: Tensor) -> tuple[tuple[int
     """Return (numbers, pointers) that say where the row of each position lies."""
     layout = blocks.layout
     numbers = (
-        *(rows.contiguous().data_ptr(), rows.numel()),
+        *(rows.data_ptr(), rows.numel()),
         *(inverse.data_ptr(), int(inverse.dtype == torch.int64)),
         *(blocks.shift, layout.row_bytes, layout.dim, int(layout.dtype == torch.bfloat16)),
     )
@@ -224,7 +162,7 @@ def _gather_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor) -> Tensor:
     source, pointers = _source(blocks, rows, inverse)
 
     def loop(start: int, stop: int) -> None:
-        _gather_loop(source, pointers, out.data_ptr(), start, stop)
+        _gather_loop(source, pointers, np.empty(stop - start, np.int64), out.data_ptr(), start, stop)
 
     run_parts(loop, split(inverse.numel(), min_items=MIN_POSITIONS_PER_THREAD))
     return out
@@ -239,6 +177,17 @@ def _bag_parts(offsets: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
+def _scratch(blocks: RowBlocks, offsets: Tensor, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return memory for a loop over bags start .. stop - 1.
+
+    It holds the addresses of its positions' rows, 1 + WIDENED rows of zeros (the first is read where there is no row),
+    and the addresses of all but the first.
+    """
+    addresses = np.empty(int(offsets[stop] - offsets[start]), np.int64)
+    wide = lane_scratch(blocks.layout.dim, 1 + WIDENED)
+    return addresses, wide, wide.ctypes.data + wide.strides[0] * np.arange(1, 1 + WIDENED)
+
+
 def _bag_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
     rows, offsets = rows.contiguous(), offsets.contiguous()
     scale = None if factors is None else factors.detach().contiguous()
@@ -246,8 +195,9 @@ def _bag_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Tensor
     source, pointers = _source(blocks, rows, inverse)
 
     def loop(start: int, stop: int) -> None:
+        scratch = _scratch(blocks, offsets, start, stop)
         scale_at = 0 if scale is None else scale.data_ptr()
-        _bag_loop(source, pointers, offsets.numpy(), scale_at, out.data_ptr(), start, stop)
+        _bag_loop(source, pointers, offsets.numpy(), scale_at, scratch, out.data_ptr(), start, stop)
 
     run_parts(loop, _bag_parts(offsets))
     return out
@@ -259,21 +209,22 @@ def _factor_grads_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offset
     source, pointers = _source(blocks, rows, inverse)
 
     def loop(start: int, stop: int) -> None:
-        _factor_grads_loop(source, pointers, offsets.numpy(), grad.data_ptr(), out.data_ptr(), start, stop)
+        scratch = _scratch(blocks, offsets, start, stop)
+        _factor_grads_loop(source, pointers, offsets.numpy(), grad.data_ptr(), scratch, out.data_ptr(), start, stop)
 
     run_parts(loop, _bag_parts(offsets))
     return out
 
 
 @njit
-def _row_addresses(source, pointers, start, stop, addresses):
-    """Write the address of the row of positions start .. stop - 1, 0 = no row."""
+def _row_addresses(source, pointers, start, stop, absent, addresses):
+    """Write the address of the row of positions start .. stop - 1; `absent` where there is no row."""
     rows, num_rows, inverse, is_wide, shift, row_bytes = source[:6]
     mask = (1 << shift) - 1
     for p in range(start, stop):
         u = load_int64(inverse + 8 * p) if is_wide != 0 else np.int64(load_int32(inverse + 4 * p))
         row = load_int64(rows + 8 * u) if u >= 0 and num_rows > 0 else np.int64(-1)
-        addresses[p - start] = pointers[row >> shift] + (row & mask) * row_bytes if row >= 0 else 0
+        addresses[p - start] = pointers[row >> shift] + (row & mask) * row_bytes if row >= 0 else absent
 
 
 @njit
@@ -283,11 +234,10 @@ def _fetch(address, num_bytes):
 
 
 @njit
-def _gather_loop(source, pointers, out, start, stop):
+def _gather_loop(source, pointers, addresses, out, start, stop):
     dim, is_bf16 = source[6], source[7] != 0
     weight_bytes = 2 * dim if is_bf16 else 4 * dim
-    addresses = np.empty(stop - start, np.int64)
-    _row_addresses(source, pointers, start, stop, addresses)
+    _row_addresses(source, pointers, start, stop, 0, addresses)
     for i in range(stop - start):
         if i + ROWS_AHEAD < addresses.size:
             _fetch(addresses[i + ROWS_AHEAD], weight_bytes)
@@ -305,59 +255,47 @@ def _gather_loop(source, pointers, out, start, stop):
 
 
 @njit
-def _bag_loop(source, pointers, offsets, factors, out, start, stop):
+def _bag_loop(source, pointers, offsets, factors, scratch, out, start, stop):
+    addresses, wide, wide_addresses = scratch
     dim, is_bf16 = source[6], source[7] != 0
     weight_bytes = 2 * dim if is_bf16 else 4 * dim
-    first = offsets[start]
-    addresses = np.empty(offsets[stop] - first, np.int64)
-    _row_addresses(source, pointers, first, offsets[stop], addresses)
-    scratch = np.empty(dim, np.float32)
-    wide = scratch.ctypes.data
+    first, num_positions = offsets[start], addresses.size
+    _row_addresses(source, pointers, first, offsets[stop], wide.ctypes.data, addresses)
+    addresses_at, wide_addresses_at = addresses.ctypes.data, wide_addresses.ctypes.data
     for n in range(start, stop):
-        total = float32_at(out + 4 * dim * n, dim)
-        started = False
-        for i in range(offsets[n] - first, offsets[n + 1] - first):
-            if i + ROWS_AHEAD < addresses.size:
-                _fetch(addresses[i + ROWS_AHEAD], weight_bytes)
-            row_at = addresses[i]
-            if row_at == 0:
-                continue
-            if is_bf16:
-                widen_row(row_at, wide, dim)
-                row_at = wide
-            row = float32_at(row_at, dim)
-            factor = load_float32(factors + 4 * (first + i)) if factors != 0 else np.float32(1.0)
-            if started:
-                for c in range(dim):
-                    total[c] += factor * row[c]
-            else:
-                for c in range(dim):
-                    total[c] = factor * row[c]
-                started = True
-        if not started:
+        total, done, end = out + 4 * dim * n, offsets[n] - first, offsets[n + 1] - first
+        for i in range(done + ROWS_AHEAD, min(end + ROWS_AHEAD, num_positions)):
+            _fetch(addresses[i], weight_bytes)
+        if done == end:
+            empty = float32_at(total, dim)
             for c in range(dim):
-                total[c] = np.float32(0.0)
+                empty[c] = np.float32(0.0)
+        while done < end:
+            rows, count = addresses_at + 8 * done, end - done
+            if is_bf16:
+                rows, count = wide_addresses_at, min(count, WIDENED)
+                for i in range(count):
+                    widen_row(addresses[done + i], wide_addresses[i], dim)
+            own_factors = factors + 4 * (first + done) if factors != 0 else 0
+            fold_rows(rows, own_factors, count, total, dim, done > offsets[n] - first)
+            done += count
 
 
 @njit
-def _factor_grads_loop(source, pointers, offsets, grads, out, start, stop):
+def _factor_grads_loop(source, pointers, offsets, grads, scratch, out, start, stop):
+    addresses, wide, wide_addresses = scratch
     dim, is_bf16 = source[6], source[7] != 0
-    first = offsets[start]
-    addresses = np.empty(offsets[stop] - first, np.int64)
-    _row_addresses(source, pointers, first, offsets[stop], addresses)
-    padded = (dim + NUM_LANES - 1) // NUM_LANES * NUM_LANES
-    scratch = np.zeros(2 * padded, np.float32)
-    products_at, wide = scratch.ctypes.data, scratch.ctypes.data + 4 * padded
+    first, padded = offsets[start], wide.shape[1]
+    _row_addresses(source, pointers, first, offsets[stop], wide.ctypes.data, addresses)
+    products_at, wide_at = wide_addresses[0], wide_addresses[1]
     products = float32_at(products_at, dim)
     for n in range(start, stop):
         grad = float32_at(grads + 4 * dim * n, dim)
         for p in range(offsets[n], offsets[n + 1]):
             row_at = addresses[p - first]
-            if row_at == 0:
-                continue
             if is_bf16:
-                widen_row(row_at, wide, dim)
-                row_at = wide
+                widen_row(row_at, wide_at, dim)
+                row_at = wide_at
             row = float32_at(row_at, dim)
             for c in range(dim):
                 products[c] = row[c] * grad[c]

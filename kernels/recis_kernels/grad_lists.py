@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.address import float32_at, load_float32, load_int32, load_int64
+from recis_kernels.address import load_float32, load_int32, load_int64
 from recis_kernels.dispatch import checks_enabled, njit
+from recis_kernels.lanes import fold_rows
 from recis_kernels.prefetch import prefetch
 from recis_kernels.threads import run_parts, split
 
@@ -210,17 +211,13 @@ def fold_row(first, last, end, sources, factors, total, dim):
 
     Gradient rows are fetched some contributions ahead, into the lists of the rows that follow, up to `end`.
     """
-    sums = float32_at(total, dim)
-    for c in range(first, last):
-        if c + SOURCES_AHEAD < end:
-            ahead = load_int64(sources + 8 * (c + SOURCES_AHEAD))
+    start = first
+    while start < last:
+        stop = min(start + SOURCES_AHEAD, last)
+        for c in range(start + SOURCES_AHEAD, min(stop + SOURCES_AHEAD, end)):
+            ahead = load_int64(sources + 8 * c)
             for line in range(0, 4 * dim, 64):
                 prefetch(ahead + line)
-        source = float32_at(load_int64(sources + 8 * c), dim)
-        factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
-        if c == first:
-            for i in range(dim):
-                sums[i] = factor * source[i]
-        else:
-            for i in range(dim):
-                sums[i] += factor * source[i]
+        own_factors = factors + 4 * start if factors != 0 else 0
+        fold_rows(sources + 8 * start, own_factors, stop - start, total, dim, start > first)
+        start = stop

@@ -212,7 +212,8 @@ def _murmur_reference(text: bytes) -> int:
 
 def _strings_numba(data, offsets, column_offsets, kinds, num_buckets) -> Tensor:
     out = torch.empty(offsets.numel() - 1, dtype=torch.int64)
-    base, ends, array = data.contiguous().data_ptr(), offsets.numpy(), out.numpy()
+    data = data.contiguous()  # kept by this name while the loops read it by address
+    base, ends, array = data.data_ptr(), offsets.numpy(), out.numpy()
     run = {"farm": _farm_strings, "murmur": _murmur_strings}
     loops = [partial(run[kind], base, ends, array, _bucket_code(n)) for kind, n in zip(kinds, num_buckets, strict=True)]
     run_columns(lambda column, *part: loops[column](*part), out.numel(), column_offsets, min_items=2048)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.grad_lists import MIN_POSITIONS_PER_THREAD, GradLists, fold_row, list_grads
-from recis_kernels.lanes import NUM_LANES, square_sum
+from recis_kernels.lanes import lane_scratch, square_sum
 from recis_kernels.threads import run_parts
 from recis_kernels.unique_ids import unique_ids
 
@@ -178,7 +178,8 @@ def row_square_sums(lookup: PendingLookup, dim: int) -> Tensor:
     rows = lookup.rows.contiguous()
 
     def loop(start: int, stop: int) -> None:
-        _square_loop(lists.starts, *lists.addresses, rows.numpy(), dim, norms.numpy(), start, stop)
+        scratch = lane_scratch(dim, 1)
+        _square_loop(lists.starts, *lists.addresses, rows.numpy(), dim, scratch, norms.numpy(), start, stop)
 
     run_parts(loop, lists.parts(MIN_POSITIONS_PER_THREAD))
     return norms.mul_(lookup.scale**2)
@@ -192,12 +193,10 @@ def _reduce_loop(starts, sources, factors, sums, dim, start, stop):
 
 
 @njit
-def _square_loop(starts, sources, factors, rows, dim, norms, start, stop):
+def _square_loop(starts, sources, factors, rows, dim, scratch, norms, start, stop):
     end = starts[starts.size - 1]
-    padded = (dim + NUM_LANES - 1) // NUM_LANES * NUM_LANES
-    scratch = np.zeros(padded, np.float32)
     g = scratch.ctypes.data
     for u in range(start, stop):
         if rows[u] >= 0 and starts[u + 1] > starts[u]:
             fold_row(starts[u], starts[u + 1], end, sources, factors, g, dim)
-            norms[u] = square_sum(g, padded)
+            norms[u] = square_sum(g, scratch.size)

@@ -205,7 +205,8 @@ def _reference_init(
 def _numba_values(ids: Tensor, dim: int, keys: Tensor, tables: Tensor, spec: InitSpec) -> Tensor:
     out = torch.empty(ids.numel(), dim, dtype=torch.float32)
     args = (out.numpy(), ids.numpy(), keys.numpy(), tables.numpy(), 0 if tables.numel() == 1 else 1, *spec.loop_args())
-    run_parts(lambda start, stop: _values_loop(*args, start, stop), split(ids.numel(), min_items=_MIN_PER_THREAD))
+    cuts = split(ids.numel(), min_items=_MIN_PER_THREAD)
+    run_parts(lambda start, stop: _values_loop(*args, _scratch(dim), start, stop), cuts)
     return out
 
 
@@ -220,17 +221,26 @@ def _numba_init(
         rows.numpy(), ids.numpy(), keys.numpy(), tables.numpy(), 0 if tables.numel() == 1 else 1,
         *spec.loop_args(), state.numpy(), step, clock_s,
     )  # fmt: skip
-    run_parts(lambda start, stop: _init_loop(*args, start, stop), split(rows.numel(), min_items=_MIN_PER_THREAD))
+    cuts = split(rows.numel(), min_items=_MIN_PER_THREAD)
+    run_parts(lambda start, stop: _init_loop(*args, _scratch(layout.dim), start, stop), cuts)
+
+
+def _scratch(dim: int) -> np.ndarray:
+    """Return [2, padded dim] words for one loop: a row's values, and its random words.
+
+    Loops that work by address are given their memory: numba frees an array of its own once only its address is in use.
+    """
+    return np.empty((2, -(-dim // COLUMNS) * COLUMNS), np.uint32)
 
 
 @njit
 def _init_loop(
     pointers, shift, row_bytes, dim, is_bf16, state_start, id_offset, clock_offset,
-    rows, ids, keys, tables, stride, kind, a, b, bound, state, step, clock_s, start, stop,
+    rows, ids, keys, tables, stride, kind, a, b, bound, state, step, clock_s, scratch, start, stop,
 ):  # fmt: skip
     mask = (1 << shift) - 1
-    values, drawn = np.empty(dim, np.float32), np.empty(-(-dim // COLUMNS) * COLUMNS, np.uint32)
-    values_at, drawn_at = np.int64(values.ctypes.data), np.int64(drawn.ctypes.data)
+    values_at = np.int64(scratch.ctypes.data)
+    drawn_at = values_at + 4 * scratch.shape[1]
     for n in range(start, stop):
         base = pointers[rows[n] >> shift] + (rows[n] & mask) * row_bytes
         key = keys[tables[n * stride]]
@@ -249,9 +259,8 @@ def _init_loop(
 
 
 @njit
-def _values_loop(out, ids, keys, tables, stride, kind, a, b, bound, start, stop):
-    drawn = np.empty(-(-out.shape[1] // COLUMNS) * COLUMNS, np.uint32)
-    dim, drawn_at, out_at = out.shape[1], np.int64(drawn.ctypes.data), np.int64(out.ctypes.data)
+def _values_loop(out, ids, keys, tables, stride, kind, a, b, bound, scratch, start, stop):
+    dim, drawn_at, out_at = out.shape[1], np.int64(scratch.ctypes.data), np.int64(out.ctypes.data)
     for n in range(start, stop):
         _fill(out_at + 4 * n * dim, drawn_at, dim, keys[tables[n * stride]], ids[n], kind, a, b, bound)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from recis_kernels.address import load_int32, load_int64, store_int32
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
 from recis_kernels.grad_lists import fold_row, list_grads
-from recis_kernels.lanes import NUM_LANES, scale_is_finite
+from recis_kernels.lanes import lane_scratch, scale_is_finite
 from recis_kernels.philox import rounding_stream
 from recis_kernels.prefetch import prefetch
 from recis_kernels.row_blocks import RowBlocks
@@ -190,7 +190,7 @@ def _numba(
         return _update_loop(
             (rule.code, seen_step, rounding_stream(step), start, stop),
             place,
-            (pointers, rows, counts, table_keys, bad),
+            (pointers, rows, counts, table_keys, bad, lane_scratch(blocks.layout.dim, 2)),
             tables,
             (lists.starts, *lists.addresses),
             folded.data_ptr(),
@@ -241,13 +241,12 @@ def _fetch_rows(pointers, rows, shift, row_bytes, start, stop):
 def _update_loop(job, place, memory, tables, lists, scalars, scale):
     code, seen_step, stream, start, stop = job
     shift, row_bytes, dim, is_bf16, first_at, second_at, steps_at, id_at, seen_at, count_at = place
-    pointers, rows, counts, keys, bad = memory
+    pointers, rows, counts, keys, bad, scratch = memory
     starts, sources, factors = lists
     end = starts[starts.size - 1]
     mask = (1 << shift) - 1
     num_bad = 0
-    padded = (dim + NUM_LANES - 1) // NUM_LANES * NUM_LANES
-    scratch = np.zeros(2 * padded, np.float32)
+    padded = scratch.shape[1]
     g_at = scratch.ctypes.data
     wide_at = g_at + 4 * padded
     _fetch_rows(pointers, rows, shift, row_bytes, start, min(start + ROWS_AHEAD, stop))

@@ -27,7 +27,8 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(
             f"benchmark file {path}: is not JSON ({error}); give the JSON that `make bench` wrote"
         ) from error
-    rows = [_row(bench) for bench in content.get("benchmarks", []) if "results" in bench.get("extra_info", {})]
+    found = content.get("benchmarks", []) if isinstance(content, dict) else []
+    rows = [_row(bench) for bench in found if "results" in bench.get("extra_info", {})]
     if not rows:
         raise ConfigError(f"benchmark file {path}: holds no result of recis.bench.harness.compare")
     return rows

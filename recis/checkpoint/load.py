@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recis.embedding import HashTable
 
 Part = Literal["weights", "optimizer", "dense", "reader", "rng"]
+_IMPORT_ROWS = 8192  # imported at once: so few that torch wakes no OpenMP workers, who spin for a while
 ALL_PARTS: frozenset[Part] = frozenset(("weights", "optimizer", "dense", "reader", "rng"))
 TREE_PARTS: Mapping[str, Part] = {"optim": "optimizer", "rng": "rng", "metrics": "reader"}  # file -> part
 
@@ -233,7 +234,9 @@ def _load_table(
             table.remove(read_tombstones(path, manifest, name, slices))
         for fields in read_parts(path, manifest, name, slices=slices, pool=pool):
             fields["last_seen"] = fields["last_seen"] - age
-            table.import_rows(_fitting(fields, table, with_optimizer))
+            rows = _fitting(fields, table, with_optimizer)
+            for first in range(0, rows["ids"].numel(), _IMPORT_ROWS):
+                table.import_rows({key: values[first : first + _IMPORT_ROWS] for key, values in rows.items()})
     states = manifests[-1].tables[name].states
     state = states[rank] if len(states) == world_size else merge_states(states, rank)
     table.load_state(state if with_optimizer else {**state, "t": 0})

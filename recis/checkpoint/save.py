@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,8 @@ from recis.embedding import TableSet, TableSnapshot
 from recis.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
-READ_ROWS = 4096  # rows read at once from a view of a table while training goes on
+READ_ROWS = 8192  # rows read at once from a view of a table: so few that torch wakes no OpenMP workers
+GENTLE_READ_ROWS = 4096  # the same while training goes on
 _LOWEST_PRIORITY = 19
 
 
@@ -304,25 +306,27 @@ def _write_rest(
 
 
 def _parts(snapshot: TableSnapshot, part_rows: int, *, gentle: bool) -> Iterator[dict[str, Tensor]]:
-    """Yield the rows of a table, part by part.
+    """Yield the rows of a table, part by part, in memory that is used again for the third part after.
 
-    Gentle: rows are read a few at a time, because training may have to wait for a read to end, into memory that is used
-    again for the third part after.
+    Rows are read a few at a time and copied on while they are in cache. Gentle: fewer still, because training may have to
+    wait for a read to end.
     """
-    starts = range(0, snapshot.num_rows, part_rows)
-    if not gentle:
-        yield from (snapshot.read(start, min(start + part_rows, snapshot.num_rows)) for start in starts)
-        return
+    step = GENTLE_READ_ROWS if gentle else READ_ROWS
     ring: list[dict[str, Tensor]] = [{} for _ in range(PARTS_IN_FLIGHT + 1)]
-    for number, start in enumerate(starts):
+    for number, start in enumerate(range(0, snapshot.num_rows, part_rows)):
         stop = min(start + part_rows, snapshot.num_rows)
         buffers = ring[number % len(ring)]
-        for first in range(start, stop, READ_ROWS):
-            for key, values in snapshot.read(first, min(first + READ_ROWS, stop)).items():
+        for first in range(start, stop, step):
+            for key, values in snapshot.read(first, min(first + step, stop)).items():
                 if key not in buffers:
                     buffers[key] = values.new_empty((min(part_rows, snapshot.num_rows), *values.shape[1:]))
-                buffers[key][first - start : first - start + values.shape[0]] = values
+                _copy_into(buffers[key][first - start : first - start + values.shape[0]], values)
         yield {key: values[: stop - start] for key, values in buffers.items()}
+
+
+def _copy_into(target: Tensor, values: Tensor) -> None:
+    """Copy contiguous values by one thread: torch's own copy would wake OpenMP's workers, who then spin for a while."""
+    np.copyto(target.reshape(-1).view(torch.uint8).numpy(), values.reshape(-1).view(torch.uint8).numpy())
 
 
 def _pool(threads: int, *, gentle: bool) -> ThreadPoolExecutor:

@@ -168,7 +168,9 @@ def hash_file(path: Path) -> tuple[int, str]:
 
 def storage_error(error: OSError, path: Path, *, needed: int | None = None) -> CheckpointError:
     """Return the one-line form of a failed write: what was written where, why it failed, what to do."""
-    need = f", needs {needed / 1e6:.1f} MB" if needed else ""
+    need = ""
+    if needed:
+        need = f", needs {needed / 1e6:.1f} MB" if needed >= 1e5 else f", needs {needed / 1e3:.1f} kB"
     reason = error.strerror or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         way_out = "free space or lower keep_checkpoints, then resume; earlier checkpoints are untouched"

@@ -25,7 +25,7 @@ from recis.embedding.rows import RowStore
 from recis.embedding.table_set import TableSet
 from recis.errors import ConfigError, nearest
 from recis.jagged import KeyedJaggedTensor
-from recis_kernels.embedding_bag import bag_factors
+from recis_kernels.bag_factors import bag_factors
 
 
 @dataclass(frozen=True, slots=True)

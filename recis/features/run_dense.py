@@ -118,7 +118,7 @@ def _log_error(run: Run, nodes: Sequence[Node], values: Sequence[Value]) -> Data
                 sample_of(value, position),
                 f"Log needs x + offset above 0; the offset is {node.op.offset:g}",
                 value=entries[position].item(),
-                option=f"put Clip(low={-node.op.offset:g} + something) before it, or use a larger offset",
+                option=f"put Clip(low=...) above {-node.op.offset:g} before it, or use a larger offset",
             )
     raise AssertionError("the flag was set, so a column holds such a number")
 

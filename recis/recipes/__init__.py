@@ -2,7 +2,7 @@
 
 A recipe is a function `recipe(*, data: str | None, out: Path, ...) -> TrainConfig`. Its further keyword arguments are options
 that `--set name=value` fills; names with a dot set fields of the config it returns. A recipe module may also hold
-`recommend(run, customers, k)`, which the command `recis recommend` calls.
+`recommend_file(run, users, *, k, out)` and `evaluate_file(run, path)`, which `recis recommend` and `recis eval` then call.
 """
 
 import inspect

@@ -19,7 +19,7 @@ import torch
 
 from recis.checkpoint import list_checkpoints, read_manifest
 from recis.embedding import AfterSightings, TableConfig, TtlSteps
-from recis.errors import ConfigError
+from recis.errors import ConfigError, RecisError
 from recis.features import Cross, FeatureSpec, Hash, Log
 from recis.io import DataConfig, Dense, Group, Ids, Label, Strings
 from recis.metrics import Calibration, ExactAuc, Gauc, LogLoss, Ne
@@ -196,19 +196,26 @@ def show_exact_resume(folder: Path, settings: Sequence[str]) -> bool:
     for setting in (*settings, f"max_steps={KILL_STEPS}", "save_every_steps=10", "log_every_steps=1"):
         command += ["--set", setting]
     straight, killed = folder / "exact-resume" / "straight", folder / "exact-resume" / "killed"
-    subprocess.run([*command, "--out", str(straight)], check=True, capture_output=True)
+    _run([*command, "--out", str(straight)])
     victim = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while victim.poll() is None and _logged_steps(killed) <= KILL_AFTER_STEP:
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     at = _logged_steps(killed)
-    subprocess.run([*command, "--out", str(killed), "--resume"], check=True, capture_output=True)
+    _run([*command, "--out", str(killed), "--resume"])
     different = differing_parts(killed, straight)
     step = read_manifest(list_checkpoints(killed)[-1]).step
     print(f"   killed at step {at}, resumed, step {step}: ", end="")
     print(f"DIFFERENT: {', '.join(different)}" if different else "every byte equal to the straight run's")
     return not different
+
+
+def _run(command: list[str]) -> None:
+    """Run a command to its end; RecisError with the last lines it printed when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RecisError(f"{' '.join(command[2:])} ended with exit code {done.returncode}: {done.stderr[-1000:]}")
 
 
 def differing_parts(run: Path, other: Path) -> list[str]:

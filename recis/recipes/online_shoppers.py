@@ -312,7 +312,7 @@ def _boosting(train: pa.Table, test: pa.Table) -> dict[str, float]:
     declared = list(range(first, first + len(CODES) + 1 + len(STRINGS)))
     scores = {}
     for name, categorical in (("HistGradientBoosting", None), ("HGB, categories", declared)):
-        model = HistGradientBoostingClassifier(random_state=0, categorical_features=categorical)
+        model = HistGradientBoostingClassifier(random_state=0, categorical_features=categorical)  # type: ignore[arg-type]
         model.fit(matrix(train), y_train)
         scores[name] = float(roc_auc_score(y_test, model.predict_proba(matrix(test))[:, 1]))
     return scores

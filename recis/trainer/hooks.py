@@ -99,6 +99,9 @@ class EarlyStop:
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
 
+    def on_train_start(self, state: RunState) -> None:
+        self._stop_if_due(state)  # a run that was stopped is not trained further when it is resumed
+
     def on_evaluate_end(self, state: RunState) -> None:
         monitor = self._monitor
         if monitor.metric not in state.metrics:
@@ -110,6 +113,10 @@ class EarlyStop:
             state.best, state.best_step, state.bad_evals = value, state.step, 0
             return
         state.bad_evals += 1
+        self._stop_if_due(state)
+
+    def _stop_if_due(self, state: RunState) -> None:
+        monitor = self._monitor
         if monitor.patience_evals is not None and state.bad_evals >= monitor.patience_evals:
             state.stop_reason = (
                 f"{monitor.metric} has not beaten {state.best} of step {state.best_step} "

@@ -146,7 +146,7 @@ def _restore_optimizers(trainer: "Trainer", loaded: Loaded) -> None:
 
 def _check_features(trainer: "Trainer", checkpoint: Path) -> None:
     """Refuse weights that other features, or other vocabulary files, were the input of."""
-    saved = tree.unpack(read_manifest(checkpoint).trainer, {}).get("features")
+    saved = (tree.unpack(read_manifest(checkpoint).trainer, {}) or {}).get("features")
     if saved is None or trainer.engine is None:
         return
     lines = differences(saved, trainer.engine.to_json())

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recis.checkpoint.tensors import storage_error
-from recis.errors import ConfigError
+from recis.errors import CheckpointError, ConfigError
 from recis.trainer.charts import bar_chart, line_chart
 from recis.trainer.log import read_log
 from recis.trainer.run_folder import CONFIG_NAME, LOG_NAME, read_config
@@ -85,7 +84,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         part.write_text(page)
         part.replace(target)
     except OSError as error:
-        raise storage_error(error, target) from error
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"{target}: cannot be written ({reason}); free space, or name another file") from error
     finally:
         if target.parent.is_dir():
             part.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recis.embedding import HashTable
 
-_KEPT = ("step", "samples", "best", "best_step", "bad_evals", "last_eval_step", "stop_reason")
+_KEPT = ("step", "samples", "best", "best_step", "bad_evals", "last_eval_step")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class RunState:
         best: value of the monitored metric at its best, and `best_step` the step it was found at.
         bad_evals: evaluations since the best one.
         last_eval_step: step of the newest evaluation.
-        stop_reason: why training ends before its time; None while it goes on.
+        stop_reason: why training ends before its time; None while it goes on. A resumed run starts without one.
         run: the run's folder, None where nothing is kept.
         checkpoint: the newest checkpoint that is whole.
         model: the model that is trained.

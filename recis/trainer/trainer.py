@@ -22,6 +22,7 @@ from recis.errors import ConfigError, RecisError
 from recis.features import FeatureEngine
 from recis.io.assemble import BadRow
 from recis.io.batch import Batch, RawBatch
+from recis.io.config import DataConfig
 from recis.optim import SparseOptimizer, clip_grad_norm
 from recis.optim.schedule import build_schedule
 from recis.trainer import persist
@@ -94,6 +95,15 @@ class Trainer:
         check_hooks(config.hooks)
         self.config_text = json.dumps(to_json(config), indent=1, allow_nan=False) + "\n"
         self._folder = None if out is None else RunFolder(out, self.config_text, resume=resume)
+        try:
+            self._build(out, resume=resume, quiet=quiet)
+        except BaseException:
+            if self._folder is not None:
+                self._folder.close()
+            raise
+
+    def _build(self, out: Path | None, *, resume: bool, quiet: bool) -> None:
+        config = self.config
         seed_everything(config.seed)
         self.model = build_model(config)
         self.collections = find_collections(self.model)
@@ -275,7 +285,7 @@ class Trainer:
     def _open_stream(self) -> None:
         config = self.config
         epochs = config.epochs
-        if epochs is None and config.max_steps is not None:
+        if epochs is None and config.max_steps is not None and not _moves_on(config.train_data):
             epochs = UNTIL_STOPPED
         self.stream = StepStream(config.train_data, self.engine, micro_batches=config.accumulate_steps, epochs=epochs)
         if self.reader_state is not None:
@@ -370,6 +380,11 @@ class Trainer:
         if newest is not None:
             self.reader_state = persist.restore(self, newest)
         self._log.cut_back(self.state.step, self.state.last_eval_step)
+
+
+def _moves_on(data: Any) -> bool:
+    """Whether data is read in windows or as it arrives: going over it again would never reach what comes next."""
+    return isinstance(data, DataConfig) and (data.window is not None or data.follow is not None)
 
 
 def _as_float(output: Any) -> Any:

@@ -1,9 +1,11 @@
-"""Start training processes without paying for imports each time: a child of this process per run, forked when asked.
+"""Run `recis` commands without paying for imports each time: a child of this process per command, forked when asked.
 
-Reads one JSON object per line from stdin, {"argv": [...], "die": null | {"event": n} | {"seconds": s}, "log": path};
-answers with one, {"status": wait status, "events": n}. The first is {"warm_up": argv}, a whole run in this process. A child that is told to die
-sends itself SIGKILL at its n-th event (the end of a step, or a call of the system that makes a save: write, fsync, rename,
-unlink, rmdir), or after s seconds. It is the real thing: no handler runs, no buffer is flushed, threads stop where they are.
+Reads one JSON object per line from stdin, {"argv": ["train", ...], "die": null | {"event": n} | {"seconds": s}, "log": path};
+answers with one, {"status": wait status, "events": n}. The first is {"warm_up": argv}, a command in this process itself.
+
+A child that is told to die sends itself SIGKILL at its n-th event (the end of a step, or a call of the system that makes a
+save: write, fsync, rename, replace, unlink, rmdir), or after s seconds. It is the real thing: no handler runs, no buffer is
+flushed, threads stop where they are.
 """
 
 import json
@@ -12,16 +14,17 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-from integration import kill_recipe
 
 import recis.trainer.trainer as trainer_module
+from recis.cli import main
 
-EVENTS = ("write", "fsync", "rename", "unlink", "rmdir")
+EVENTS = ("write", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
 class Events:
@@ -52,7 +55,7 @@ class Events:
 
 
 def run_child(request: dict[str, Any], report: int) -> None:
-    """Train as the request says; never returns."""
+    """Run the command as the request says; never returns."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -64,30 +67,23 @@ def run_child(request: dict[str, Any], report: int) -> None:
     events.watch(trainer_module.Trainer, "_advance")
     if "seconds" in die:
         threading.Timer(die["seconds"], os.kill, (os.getpid(), signal.SIGKILL)).start()
-    code = train(request["argv"])
-    os.fdopen(report, "w").write(json.dumps({"events": events.count}))
+    code = main(request["argv"])
     sys.stdout.flush()
+    with os.fdopen(report, "w") as answer:
+        answer.write(json.dumps({"events": events.count}))
     os._exit(code)
 
 
-def train(argv: list[str]) -> int:
-    """Run the recipe: argv is [data, out, delta_saves, async_save]; resumes when `out` has a run."""
-    data, out, delta_saves, async_save = argv
-    folder = Path(out)
-    config = kill_recipe.recipe(data=data, out=folder, delta_saves=int(delta_saves), async_save=async_save == "True")
-    trainer_module.Trainer(config, folder, resume=folder.exists(), quiet=True, clock=lambda: 0.0).train()
-    return 0
-
-
 def warm_up(argv: list[str]) -> None:
-    """Train once in this process: children inherit the compiled loops. One thread: none may run when it forks."""
+    """Run once in this process: children inherit the compiled loops. One thread: none may run when it forks."""
     torch.set_num_threads(1)
-    train(argv)
+    with redirect_stdout(sys.stderr):
+        assert main(argv) == 0
     assert threading.active_count() == 1, threading.enumerate()
 
 
-def main() -> None:
-    """Serve requests until stdin ends; the first one says {"warm_up": argv}."""
+def serve() -> None:
+    """Serve requests until stdin ends."""
     warm_up(json.loads(sys.stdin.readline())["warm_up"])
     print("{}", flush=True)
     for line in sys.stdin:
@@ -99,8 +95,6 @@ def main() -> None:
             try:
                 run_child(request, write)
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)
@@ -112,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -1,10 +1,10 @@
-"""Gather and pooled gather against float64 sums over exported rows; factors and their gradients against torch."""
+"""Gather and pooled gather against float64 sums over exported rows; gradients of factors likewise."""
 
 import pytest
 import torch
 
 from recis_kernels import checks
-from recis_kernels.embedding_bag import bag_factors, embedding_bag, factor_grads, row_gather, tile_positions
+from recis_kernels.embedding_bag import embedding_bag, factor_grads, row_gather, tile_positions
 from recis_kernels.row_blocks import RowBlocks, RowLayout
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5}  # a bf16 row is widened exactly, sums are fp32
@@ -22,13 +22,6 @@ def filled_blocks(num_rows, dim, dtype=torch.float32):
 
 def offsets_of(lengths):
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64).cumsum(0)])
-
-
-def factors_of(offsets, weights, mean):
-    """Return bag_factors that must not be None."""
-    factors = bag_factors(offsets, weights, mean)
-    assert factors is not None
-    return factors
 
 
 def random_lookup(lengths, num_rows):
@@ -136,49 +129,6 @@ def test_factor_gradients_match_the_reference(dim, dtype):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
-def test_mean_factors_by_hand():
-    """A21: values 10, 20 with weights 1, 3 average to 17.5; unit weights to 15; an empty bag and a zero sum give 0."""
-    offsets = torch.tensor([0, 2, 2, 4])
-    weights = torch.tensor([1.0, 3.0, 2.0, -2.0])
-    assert factors_of(offsets, weights, True).tolist() == [0.25, 0.75, 0.0, 0.0]
-    assert factors_of(offsets, None, True).tolist() == [0.5, 0.5, 0.5, 0.5]
-    assert bag_factors(offsets, None, False) is None
-    assert torch.equal(factors_of(offsets, weights, False), weights)
-
-
-def test_features_choose_their_pooling():
-    offsets = torch.tensor([0, 2, 3, 5, 5])  # two features of two samples
-    factors = factors_of(offsets, torch.tensor([1.0, 3.0, 5.0, 2.0, 2.0]), torch.tensor([False, True]))
-    assert factors.tolist() == [1.0, 3.0, 5.0, 0.5, 0.5]
-    assert factors_of(offsets, None, torch.tensor([False, True])).tolist() == [1.0, 1.0, 1.0, 0.5, 0.5]
-
-
-@pytest.mark.parametrize("mean", [False, True, torch.tensor([True, False])], ids=str)
-@pytest.mark.parametrize("extra", [0, 3])
-def test_factor_function_has_the_gradient_of_torch(mean, extra):
-    offsets = offsets_of([3, 0, 1, 5])
-    weights = (torch.rand(9 + extra) + 0.1).double().requires_grad_()
-    bag = torch.arange(4).repeat_interleave(offsets.diff())
-    sums = torch.zeros(4, dtype=torch.float64).index_add(0, bag, weights[:9])
-    flags = torch.as_tensor(mean).reshape(-1).repeat_interleave(4 // torch.as_tensor(mean).numel())
-    scale = torch.where(flags[bag], 1 / sums[bag], 1.0)
-    pull = torch.randn(9 + extra, dtype=torch.float64)
-    want = torch.autograd.grad((weights[:9] * scale * pull[:9]).sum() + (weights[9:] * pull[9:]).sum(), weights)[0]
-    mine = weights.detach().float().requires_grad_()
-    got = factors_of(offsets, mine, mean)
-    torch.testing.assert_close(got[:9].double(), (weights[:9] * scale).detach(), rtol=1e-6, atol=0)
-    (got * pull.float()).sum().backward()
-    assert mine.grad is not None
-    torch.testing.assert_close(mine.grad.double(), want, rtol=1e-5, atol=1e-6)
-
-
-def test_zero_sum_has_zero_gradient():
-    weights = torch.tensor([1.0, -1.0], requires_grad=True)
-    factors_of(torch.tensor([0, 2]), weights, True).sum().backward()
-    assert weights.grad is not None
-    assert weights.grad.tolist() == [0.0, 0.0]
-
-
 def test_tile_positions():
     """A22: bags of 1, 2 and 4 vectors, n = 3."""
     positions = tile_positions(torch.tensor([0, 1, 3, 7]), 3)
@@ -204,21 +154,17 @@ def test_wrong_arguments_are_named(change, message):
         embedding_bag(blocks, **(good | change))
 
 
-def test_wrong_gradients_and_weights_are_named():
+def test_wrong_gradients_are_named():
     blocks, _ = filled_blocks(4, 3)
     with pytest.raises(ValueError, match="grad must be"):
         factor_grads(blocks, torch.arange(3), torch.arange(3), torch.tensor([0, 3]), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="mean must be"):
-        bag_factors(torch.tensor([0, 3]), None, torch.tensor([True, False]))
-    with pytest.raises(ValueError, match="weights must be"):
-        bag_factors(torch.tensor([0, 3]), torch.zeros(3, dtype=torch.int64), True)
 
 
 def test_content_is_checked_on_request():
     blocks, _ = filled_blocks(4, 3)  # capacity 8
     with checks():
         row_gather(blocks, torch.tensor([7, -1]), torch.tensor([0, -1, 1]))
-        with pytest.raises(ValueError, match="rows must lie in -1..7; got 8..8"):
+        with pytest.raises(ValueError, match=r"rows must lie in -1\.\.7; got 8\.\.8"):
             row_gather(blocks, torch.tensor([8]))
-        with pytest.raises(ValueError, match="inverse must lie in -1..1; got 0..2"):
+        with pytest.raises(ValueError, match=r"inverse must lie in -1\.\.1; got 0\.\.2"):
             row_gather(blocks, torch.tensor([1, 2]), torch.tensor([0, 2]))

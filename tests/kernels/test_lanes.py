@@ -1,11 +1,20 @@
-"""Sums in sixteen lanes: the stated order bit for bit, and the finite check."""
+"""Folds of rows and sums in sixteen lanes: the stated order bit for bit; the finite check."""
 
 import numpy as np
 import pytest
 import torch
 
 from recis_kernels.dispatch import njit
-from recis_kernels.lanes import NUM_LANES, lane_sum, scale_is_finite, square_root, square_sum, square_sum_reference
+from recis_kernels.lanes import (
+    NUM_LANES,
+    fold_rows,
+    lane_scratch,
+    lane_sum,
+    scale_is_finite,
+    square_root,
+    square_sum,
+    square_sum_reference,
+)
 
 
 @njit
@@ -26,6 +35,36 @@ def _scale_is_finite(address, size, scale):
 @njit
 def _square_root(value):
     return square_root(value)
+
+
+@njit
+def _fold_rows(sources, factors, count, total, dim, started):
+    fold_rows(sources, factors, count, total, dim, started)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
+@pytest.mark.parametrize("dim", [1, 15, 16, 17, 64, 80, 97, 1024])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fold_is_one_addition_after_the_other(dim, num_rows, weighted):
+    rows, order = torch.randn(40, dim), torch.randint(0, 40, (num_rows,))
+    factors = torch.rand(num_rows)
+    sources = rows.data_ptr() + 4 * dim * order
+    earlier = torch.randn(dim)
+    for started in (False, True):
+        total = torch.cat([earlier, torch.full((3,), 7.0)])
+        factors_at = factors.data_ptr() if weighted else 0
+        _fold_rows(sources.data_ptr(), factors_at, num_rows, total.data_ptr(), dim, started)
+        terms = [(factors[c] if weighted else 1.0) * rows[order[c]] for c in range(num_rows)]
+        want = earlier + terms[0] if started else terms[0]
+        for term in terms[1:]:
+            want = want + term
+        assert torch.equal(total[:dim], want)
+        assert total[dim:].tolist() == [7.0] * 3  # nothing is written past the row
+
+
+def test_scratch_is_padded_zeros():
+    assert lane_scratch(17, 2).shape == (2, 32)
+    assert not lane_scratch(17, 2).any()
 
 
 def padded(row):

@@ -10,11 +10,12 @@ from pathlib import Path
 import click_recipe
 import pyarrow.parquet as pq
 import pytest
-from command import recis
+from command import recis, same_end
 
 from recis.checkpoint import list_checkpoints, read_manifest
 from recis.errors import ConfigError
 from recis.runs import open_run
+from recis.trainer import Trainer
 
 COMMANDS = ("demo", "train", "eval", "predict", "recommend", "inspect", "verify", "compact", "report")
 JSON_KEYS = ["command", "model", "data", "n", "metrics", "versions"]
@@ -168,6 +169,37 @@ def test_python_m_recis(data, tmp_path):
     assert "run folder: run" in done.stdout
 
 
+def test_stopped_by_the_user(data, tmp_path, monkeypatch):
+    def stop(self, step, loss, num_samples):
+        advance(self, step, loss, num_samples)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    advance = Trainer._advance
+    monkeypatch.setattr(Trainer, "_advance", stop)
+    done = recis("train", "click_recipe:clicks", "--data", data, "--out", tmp_path / "run")
+    assert done.code == 1
+    assert done.err.endswith("stopped by the user; the last checkpoint is whole, go on with --resume\n")
+    monkeypatch.undo()
+    assert recis("train", "click_recipe:clicks", "--out", tmp_path / "run", "--resume").code == 0
+    assert recis("train", "click_recipe:clicks", "--data", data, "--out", tmp_path / "straight").code == 0
+    same_end(tmp_path / "run", tmp_path / "straight")
+
+
+def test_the_demo_recipe(tmp_path):
+    small = ("--set", "num_samples=6000", "--set", "num_users=300", "--set", "num_items=150")
+    done = recis("train", "demo", "--out", tmp_path / "run", *small)
+    assert done.code == 0, done.err
+    assert "Bayes-optimal AUC of this test day 0.7" in done.out
+    day = tmp_path / "run" / "data" / "day-07.parquet"
+    result = json.loads(recis("eval", "--run", tmp_path / "run", "--data", day, "--json").out)
+    assert result["n"] == pq.read_metadata(day).num_rows
+    assert {"auc", "gauc", "ne", "logloss", "pcoc"} <= set(result["metrics"])
+    scored = tmp_path / "scored.parquet"
+    assert recis("predict", "--run", tmp_path / "run", "--data", day, "--out", scored).code == 0
+    assert pq.read_schema(scored).names == [*pq.read_schema(day).names, "prediction"]
+
+
 # ---- eval
 
 
@@ -190,6 +222,16 @@ def test_eval_as_text(run, data):
     done = recis("eval", "--run", run, "--data", data)
     assert "256 samples" in done.out
     assert "auc" in done.out
+
+
+def test_the_best_checkpoint_is_pointed_at(data, tmp_path):
+    argv = ("train", "click_recipe:clicks", "--data", data, "--out", tmp_path / "run", "--set", "monitored=yes")
+    assert recis(*argv).code == 0
+    newest, best = tmp_path / "run" / "step_000000008", tmp_path / "run" / "step_000000004"
+    done = recis("eval", "--run", tmp_path / "run", "--data", data)
+    assert done.err == (f"weights of {newest}; the best evaluation was that of {best}: give it as --run to use those\n")
+    done = recis("eval", "--run", best, "--data", data)
+    assert done.err == f"weights of {best}\n"
 
 
 def test_eval_without_a_value_is_null(run, tmp_path):
@@ -247,6 +289,7 @@ def test_recommend_is_the_recipe_s_own_affair(run, tmp_path, monkeypatch):
         ((*argv[:3], "--users", tmp_path / "no.csv", *argv[5:]), "no such file"),
         ((*argv[:5], "--out", tmp_path / "no" / "x.parquet"), "is no folder; make it first"),
         ((*argv[:5], "--out", tmp_path), "is a folder; name a file"),
+        ((*argv[:5], "--out", tmp_path / "top.csv"), "the output is a Parquet file; name it top.parquet"),
     ):
         done = recis(*wrong)
         assert done.code == 2

@@ -69,7 +69,7 @@ def test_manifest_of_the_format(kit, tmp_path):
 
 def test_many_small_parts(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "PART_BYTES", 1000)
-    monkeypatch.setattr(sys.modules["recis.checkpoint.save"], "READ_ROWS", 7)
+    monkeypatch.setattr(sys.modules["recis.checkpoint.save"], "GENTLE_READ_ROWS", 7)
     tables = kit.table_set()
     kit.fill(tables["item"], range(500))
     saver = Saver(tmp_path)  # in the background rows are read a few at a time

@@ -107,7 +107,7 @@ def test_full_disk(tmp_path, monkeypatch):
         return write(descriptor, piece)
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device, needs .* MB.*free space"):
+    with pytest.raises(CheckpointError, match=r"No space left on device, needs .* kB.*free space"):
         write_tensors(tmp_path / "a", {"x": torch.zeros(10_000)})
 
 

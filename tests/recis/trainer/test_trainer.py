@@ -103,7 +103,11 @@ def test_micro_batches_by_hand(toy):
     first = toy.batch_of([5], [[]], torch.tensor([[6.0]]), torch.zeros(1))
     second = toy.batch_of([5, 5, 5], [[]] * 3, torch.full((3, 1), 2.0), torch.zeros(3))
     config = toy.config(
-        model=one_row_model(toy), loss=sum_of_outputs, metrics=(), train_data=toy.Source([first, second]), accumulate_steps=2
+        model=one_row_model(toy),
+        loss=sum_of_outputs,
+        metrics=(),
+        train_data=toy.Source([first, second]),
+        accumulate_steps=2,
     )
     trainer, _ = run(config)
     table = trainer.tables["user"]
@@ -156,10 +160,10 @@ def split(toy, batch, parts):
 
 def test_weights_scale_and_normalise(toy):
     """A sample of weight 2 equals the sample twice; weights are divided by their sum."""
-    doubled = toy.batch_of(
-        [3, 3, 4], [[], [], [7]], torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.0])
+    doubled = toy.batch_of([3, 3, 4], [[], [], [7]], torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.0]))
+    weighted = toy.batch_of(
+        [3, 4], [[], [7]], torch.ones(2, 2), torch.tensor([1.0, 0.0]), weights=torch.tensor([2.0, 1])
     )
-    weighted = toy.batch_of([3, 4], [[], [7]], torch.ones(2, 2), torch.tensor([1.0, 0.0]), weights=torch.tensor([2.0, 1]))
     first, _ = run(toy.config(train_data=toy.Source([doubled])))
     second, _ = run(toy.config(train_data=toy.Source([weighted])))
     for name, value in first.model.state_dict().items():
@@ -184,7 +188,10 @@ def test_masked_labels_do_not_count(toy):
     mask = ~labels.isnan()
     batch = toy.batch_of([1, 2, 3], [[]] * 3, torch.zeros(3, 2), labels, label_mask=mask)
     config = toy.config(
-        model=toy.Config(num_tasks=2), tasks=("click", "buy"), train_data=toy.Source([batch] * 3), eval_data=toy.Source([batch])
+        model=toy.Config(num_tasks=2),
+        tasks=("click", "buy"),
+        train_data=toy.Source([batch] * 3),
+        eval_data=toy.Source([batch]),
     )
     _, metrics = run(config)
     assert math.isfinite(metrics["loss"])
@@ -384,6 +391,26 @@ def test_predict_keeps_the_order(toy):
     with torch.no_grad():
         want = torch.cat([torch.sigmoid(trainer.model(batch)) for batch in batches])
     assert torch.equal(scores, want)
+
+
+def test_a_run_that_a_hook_stopped_goes_on(toy, tmp_path):
+    class Enough:
+        def on_step_end(self, state):
+            if state.step == 3:
+                state.stop_reason = "enough for today"
+
+    config = toy.config(hooks=(Enough(),))
+    stopped, _ = run(config, tmp_path)
+    assert stopped.state.step == 3
+    resumed, _ = run(toy.config(hooks=(Enough(),)), tmp_path, resume=True)
+    assert resumed.state.step == 10
+
+
+def test_a_run_that_cannot_be_built_frees_its_folder(toy, tmp_path):
+    with pytest.raises(ConfigError, match=r"must build an nn\.Module"):
+        Trainer(toy.config(model=dict), tmp_path)
+    with pytest.raises(ConfigError, match=r"must build an nn\.Module"):
+        Trainer(toy.config(model=dict), tmp_path, resume=True)
 
 
 # ---- the run folder
