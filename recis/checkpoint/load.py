@@ -233,7 +233,8 @@ def _load_table(
         if manifest.base is not None:
             table.remove(read_tombstones(path, manifest, name, slices))
         for fields in read_parts(path, manifest, name, slices=slices, pool=pool):
-            fields["last_seen"] = fields["last_seen"] - age
+            if age:
+                fields["last_seen"] = fields["last_seen"] - age
             rows = _fitting(fields, table, with_optimizer)
             for first in range(0, rows["ids"].numel(), _IMPORT_ROWS):
                 table.import_rows({key: values[first : first + _IMPORT_ROWS] for key, values in rows.items()})

@@ -44,7 +44,7 @@ class RowOwners:
             parts.append(torch.arange(self.num_fresh, stop))
             self.num_fresh = stop
         rows = torch.cat(parts)
-        self.owner[rows] = tables
+        self.owner.numpy()[rows.numpy()] = tables.numpy()  # torch's indexing would wake OpenMP's workers
         return rows
 
     def release(self, rows: Tensor) -> None:
@@ -54,7 +54,7 @@ class RowOwners:
             self._free = grown(self._free, stop, 0)
         self._free[self._num_free : stop] = rows
         self._num_free = stop
-        self.owner[rows] = FREE
+        self.owner.numpy()[rows.numpy()] = FREE
 
     def rows_of(self, wanted: Tensor) -> Tensor:
         """Return the rows used by tables with wanted[table] true (bool [T]), ascending: one pass over all rows."""

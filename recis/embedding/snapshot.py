@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,28 +45,29 @@ class StoreSnapshot:
         self._capacity = max(1, (memory_mib << 20) // store.layout.row_bytes)
         self._copies = RowBlocks(store.layout, device=store.device)
         self._places = RowOwners()
-        self._state = torch.full((store.owners.num_fresh,), _NOT_NEEDED, dtype=torch.int64)
+        # numpy, because torch's indexing wakes OpenMP's workers from 3000 entries on, who then spin beside training
+        self._state = np.full(store.owners.num_fresh, _NOT_NEEDED, dtype=np.int64)
         self._changed = threading.Condition()
         self._num_open = 0
         self.waited_s = 0.0
 
     def open(self, rows: Tensor) -> None:
         """Mark rows [N] of one more table; `close` takes the mark back."""
-        self._state[rows] = _MARKED
+        self._state[rows.numpy()] = _MARKED
         self._num_open += 1
 
     def keep(self, rows: Tensor) -> None:
         """Copy those of rows [N] (-1 is ignored) that are marked; waits while there is no room."""
-        rows = rows[(rows >= 0) & (rows < self._state.numel())]
+        rows = rows[(rows >= 0) & (rows < self._state.size)]
         with self._changed:
             while True:
-                rows = rows[self._state[rows] == _MARKED]
+                rows = rows[torch.from_numpy(self._state[rows.numpy()] == _MARKED)]
                 part = rows[: self._capacity - self._places.num_used]
                 if part.numel():
                     places = self._places.take(torch.zeros(part.numel(), dtype=torch.int32))
                     self._copies.grow(self._places.num_fresh)
                     self._copies.write(places, self._store.blocks.read(part))
-                    self._state[part] = places
+                    self._state[part.numpy()] = places.numpy()
                 if part.numel() == rows.numel():
                     return
                 rows = rows[part.numel() :]
@@ -93,29 +95,30 @@ class StoreSnapshot:
             ValueError: a row was read before, or is not part of the snapshot.
         """
         with self._changed:
-            states = self._state[rows]
-            if bool((states == _NOT_NEEDED).any()):
+            states = self._state[rows.numpy()]
+            if (states == _NOT_NEEDED).any():
                 raise ValueError(
                     "a snapshot gives each of its rows once; some of these were read before, or never in it"
                 )
             fields = self._store.blocks.read(rows)
-            copied = (states >= 0).nonzero().squeeze(1)
-            if copied.numel():
-                for name, values in self._copies.read(states[copied]).items():
-                    fields[name][copied] = values
-            self._release(rows, states[copied])
+            copied = np.flatnonzero(states >= 0)
+            places = torch.from_numpy(states[copied])
+            if copied.size:
+                for name, values in self._copies.read(places).items():
+                    fields[name][torch.from_numpy(copied)] = values
+            self._release(rows, places)
         return fields
 
     def _release(self, rows: Tensor, places: Tensor) -> None:
-        self._state[rows] = _NOT_NEEDED
+        self._state[rows.numpy()] = _NOT_NEEDED
         self._places.release(places)
         self._changed.notify_all()
 
     def close(self, rows: Tensor) -> None:
         """Stop protecting rows [N] of one table, read or not."""
         with self._changed:
-            states = self._state[rows]
-            self._release(rows, states[states >= 0])
+            states = self._state[rows.numpy()]
+            self._release(rows, torch.from_numpy(states[states >= 0]))
             self._num_open -= 1
             if self._num_open == 0:
                 self._store.snapshot = None

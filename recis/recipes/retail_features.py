@@ -200,7 +200,9 @@ def _words(history: History) -> np.ndarray:
     for words in found.values():
         for word in words:
             count[word] = count.get(word, 0) + 1
-    number = {word: k for k, word in enumerate(sorted(w for w, n in count.items() if WORD_ITEMS[0] <= n < WORD_ITEMS[1]))}
+    number = {
+        word: k for k, word in enumerate(sorted(w for w, n in count.items() if WORD_ITEMS[0] <= n < WORD_ITEMS[1]))
+    }
     table = np.zeros((history.num_items, len(number)), dtype=np.float32)
     for item, words in found.items():
         table[item, [number[word] for word in words if word in number]] = 1
@@ -224,7 +226,9 @@ def _customer(view: _View) -> dict[str, np.ndarray]:
     recent = history.age <= 90
     first_time = recent & (history.age >= history.first_age[history.pair])
     customer = history.lines.customer
-    novelty = (np.bincount(customer[first_time], minlength=size) + 5) / (np.bincount(customer[recent], minlength=size) + 8)
+    novelty = (np.bincount(customer[first_time], minlength=size) + 5) / (
+        np.bincount(customer[recent], minlength=size) + 8
+    )
     values = {
         "days": np.log1p(shopping.count),
         "day_gap": np.log1p(shopping.gap),
