@@ -10,13 +10,16 @@ is one item on one invoice. Times are days since 1970 as float64; a day of 28 af
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from recis.errors import ConfigError
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, so type checkers do not see them
 
 WINDOW_DAYS = 28
 MS_PER_DAY = 86_400_000
