@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recis.checkpoint.manifest import MANIFEST_NAME, Manifest, step_folder
+from recis.checkpoint.manifest import MANIFEST_NAME, TMP_PREFIX, Manifest, step_folder
 from recis.errors import CheckpointError, ConfigError, DataError, RecisError
 from recis.io import DataConfig
 from recis.io.files import COMPRESSED, SUFFIXES
@@ -288,7 +288,9 @@ def _format_of(path: str, own: str) -> Any:
 
 
 def _content(folder: Path) -> list[str]:
-    return sorted(item.name for item in folder.iterdir() if item.name != LOCK_NAME)
+    """Return what a folder holds, but for the lock and what a killed process left half-written."""
+    names = [item.name for item in folder.iterdir()]
+    return sorted(name for name in names if name != LOCK_NAME and not name.startswith(TMP_PREFIX))
 
 
 def _empty(folder: Path) -> None:

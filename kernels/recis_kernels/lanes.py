@@ -154,40 +154,29 @@ def _square_root(typingctx, value):
 def _fold(width: int) -> Any:
     """Return the intrinsic that folds `width` times sixteen columns, kept in registers over all rows."""
 
-    def fold(typingctx, sources, factors, count, total, column, started):
+    def fold(typingctx, sources, factors, count, total, column):
         del typingctx
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             del signature
-            sources, factors, count, total, column, started = args
-            sums = [cgutils.alloca_once(builder, _LANES) for _ in range(width)]
+            sources, factors, count, total, column = args
             start = builder.mul(column, _INT64(4))
             places = [builder.add(start, _INT64(4 * NUM_LANES * part)) for part in range(width)]
-
-            def add(index: Any, *, first: bool) -> None:
-                source_at = builder.inttoptr(
-                    builder.add(sources, builder.mul(index, _INT64(8))), ir.PointerType(_INT64)
-                )
-                source, factor = builder.load(source_at, typ=_INT64), _factor(builder, factors, index)
+            sums = [
+                cgutils.alloca_once_value(builder, _load(builder, _pointer(builder, total, place))) for place in places
+            ]
+            with cgutils.for_range(builder, count, intp=_INT64) as loop:
+                source_at = builder.add(sources, builder.mul(loop.index, _INT64(8)))
+                source = builder.load(builder.inttoptr(source_at, ir.PointerType(_INT64)), typ=_INT64)
+                factor = _factor(builder, factors, loop.index)
                 for place, sum_at in zip(places, sums, strict=True):
                     term = builder.fmul(_load(builder, _pointer(builder, source, place)), factor)
-                    builder.store(term if first else builder.fadd(builder.load(sum_at), term), sum_at)
-
-            with builder.if_else(started) as (then, otherwise):
-                with then:
-                    for place, sum_at in zip(places, sums, strict=True):
-                        builder.store(_load(builder, _pointer(builder, total, place)), sum_at)
-                with otherwise:
-                    add(_INT64(0), first=True)
-            begin = builder.select(started, _INT64(0), _INT64(1))
-            with cgutils.for_range_slice(builder, begin, count, _INT64(1)) as (index, _):
-                add(index, first=False)
+                    builder.store(builder.fadd(builder.load(sum_at), term), sum_at)
             for place, sum_at in zip(places, sums, strict=True):
                 builder.store(builder.load(sum_at), _pointer(builder, total, place)).align = 4
             return context.get_dummy_value()
 
-        int64 = types.int64
-        return types.void(int64, int64, int64, int64, int64, types.boolean), codegen
+        return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), codegen
 
     return intrinsic(fold)
 
@@ -212,12 +201,22 @@ def fold_rows(sources, factors, count, total, dim, started):
     sources: address of the rows' addresses, int64.  factors: address of their float32 factors, 0 = all 1.
     started: whether `total` holds the fold of earlier rows, to be continued.
     """
+    if not started:
+        sums, row = float32_at(total, dim), float32_at(load_int64(sources), dim)
+        factor = load_float32(factors) if factors != 0 else np.float32(1.0)
+        for i in range(dim):
+            sums[i] = factor * row[i]
+        sources += 8
+        factors += 4 if factors != 0 else 0
+        count -= 1
+    if count == 0:
+        return
     column = 0
     while column + 4 * NUM_LANES <= dim:
-        _fold_64(sources, factors, count, total, column, started)
+        _fold_64(sources, factors, count, total, column)
         column += 4 * NUM_LANES
     while column + NUM_LANES <= dim:
-        _fold_16(sources, factors, count, total, column, started)
+        _fold_16(sources, factors, count, total, column)
         column += NUM_LANES
     if column == dim:
         return
@@ -225,12 +224,8 @@ def fold_rows(sources, factors, count, total, dim, started):
     for c in range(count):
         row = float32_at(load_int64(sources + 8 * c) + 4 * column, dim - column)
         factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
-        if started or c > 0:
-            for i in range(sums.size):
-                sums[i] += factor * row[i]
-        else:
-            for i in range(sums.size):
-                sums[i] = factor * row[i]
+        for i in range(sums.size):
+            sums[i] += factor * row[i]
 
 
 lane_sum: Any = intrinsic(_lane_sum)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from recis.checkpoint.folder import clean, sync_folder
+from recis.checkpoint.manifest import TMP_PREFIX
 from recis.checkpoint.tensors import storage_error
 from recis.errors import ConfigError
 from recis.trainer.serialize import differences
@@ -39,7 +40,8 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            taken = sorted(item.name for item in path.iterdir() if item.name != _LOCK_NAME)
+            names = [item.name for item in path.iterdir()]
+            taken = sorted(name for name in names if name != _LOCK_NAME and not name.startswith(TMP_PREFIX))
             if taken and not resume:
                 raise ConfigError(
                     f"{path}: the folder is not empty (it has {taken[0]}); add --resume to go on with the run there, "

