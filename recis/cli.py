@@ -28,6 +28,10 @@ READ_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # torch's OpenMP workers spin after each operation by default. Where anything else wants a core (our readers, another
+    # process) a step then waits for a worker that is not running: 13 times slower was measured on two busy cores. The
+    # OpenMP runtime reads this once, when torch is loaded, which no command has done yet; a user's own setting stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "run_command"):

@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as recis/cli.py does, and for its reason: before torch is loaded
+
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read by triton when it is imported, so it is set before any test is
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a test imports it
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,13 @@ BATCH = 64
 
 
 def online_retail(
-    *, data: str | None, out: Path, hide_weeks: int = 0, final: bool = True, seed: int = 0
+    *,
+    data: str | None,
+    out: Path,
+    hide_weeks: int = 0,
+    num_cutoffs: int | None = None,
+    final: bool = True,
+    seed: int = 0,
 ) -> TrainConfig:
     """Return the run that is validated; `after` prints the comparison and trains the final model.
 
@@ -75,14 +81,17 @@ def online_retail(
         data: transactions.parquet or the folder it lies in; None: `online_retail` below RECIS_DATA.
         out: the run folder; snapshots are kept in it.
         hide_weeks: last weeks of the log that are left out as if they had not happened yet.
+        num_cutoffs: cut-offs to learn from before the split, the latest ones; None takes all. Fewer train faster.
         final: whether to train the final model.
         seed: of the weights and the order of samples.
     """
     folder = out / SNAPSHOTS
     prepared = read_summary(folder)
     if prepared is None:
+        if num_cutoffs is not None and num_cutoffs < 1:
+            raise ConfigError(f"num_cutoffs must be at least 1 or None; got {num_cutoffs}")
         path = find_data(data, "online_retail", "transactions.parquet").resolve()
-        prepared = prepare(hide(read_log(path), hide_weeks), path, folder)
+        prepared = prepare(hide(read_log(path), hide_weeks), path, folder, num_cutoffs=num_cutoffs)
     config = make_config(prepared, prepared.split - WINDOW_DAYS, name="online_retail", seed=seed)
     return replace(
         config,

@@ -59,8 +59,8 @@ class Snapshot:
     num_bought: np.ndarray
 
 
-def training_cutoffs(log: PurchaseLog, latest: float) -> tuple[float, ...]:
-    """Return the cut-offs, latest first, at `latest` and every STRIDE_DAYS before it.
+def training_cutoffs(log: PurchaseLog, latest: float, most: int | None = None) -> tuple[float, ...]:
+    """Return the cut-offs, latest first, at `latest` and every STRIDE_DAYS before it; the `most` latest of them.
 
     Raises:
         ConfigError: the log begins too late for even one.
@@ -70,7 +70,7 @@ def training_cutoffs(log: PurchaseLog, latest: float) -> tuple[float, ...]:
     if not cutoffs:
         needed = MIN_HISTORY_DAYS + 2 * WINDOW_DAYS
         raise ConfigError(f"the log spans {log.end - log.day[0]:.0f} days; this recipe needs more than {needed}")
-    return cutoffs
+    return cutoffs[:most]
 
 
 def take_snapshot(
@@ -179,14 +179,20 @@ def file_name(cutoff: float) -> str:
     return f"cutoff-{np.datetime64(int(cutoff), 'D')}.parquet"
 
 
-def prepare(log: PurchaseLog, data: Path, folder: Path) -> Prepared:
+def prepare(log: PurchaseLog, data: Path, folder: Path, *, num_cutoffs: int | None = None) -> Prepared:
     """Write the snapshots of a log into a folder and return what is there.
+
+    Args:
+        log: all that may be read.
+        data: the file it came from.
+        folder: made when missing.
+        num_cutoffs: how many of the cut-offs to learn from before the split, the latest ones; None takes all.
 
     Raises:
         ConfigError: the log is too short.
     """
     split = log.end - WINDOW_DAYS
-    earlier = training_cutoffs(log, split - WINDOW_DAYS)
+    earlier = training_cutoffs(log, split - WINDOW_DAYS, num_cutoffs)
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, int] = {}
     count, total, squares = 0, 0.0, 0.0
