@@ -155,8 +155,12 @@ class Saver:
 
     def _write(self, captured: Captured, protect: Sequence[int]) -> Path:
         final = write_checkpoint(captured, self.run, gentle=self.background)
-        rotate(self.run, self.keep, [self.run / step_folder(step) for step in protect])
+        self.rotate(protect)
         return final
+
+    def rotate(self, protect: Sequence[int]) -> None:
+        """Delete old checkpoints but those of the steps `protect`: after each save, and when a killed run goes on."""
+        rotate(self.run, self.keep, [self.run / step_folder(step) for step in protect])
 
 
 def save(run: Path, boundary: Boundary, *, base: Path | None = None) -> Path:

@@ -379,7 +379,14 @@ class Trainer:
         newest = latest(run)
         if newest is not None:
             self.reader_state = persist.restore(self, newest)
+            self._finish_rotation()
         self._log.cut_back(self.state.step, self.state.last_eval_step)
+
+    def _finish_rotation(self) -> None:
+        """Delete what the killed process had no time to, but never the checkpoint that this one goes on from."""
+        state = self.state
+        if self._saver is not None:
+            self._saver.rotate([step for step in (state.step, state.best_step) if step is not None])
 
 
 def _moves_on(data: Any) -> bool:

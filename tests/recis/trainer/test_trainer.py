@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -636,3 +637,16 @@ def test_equal_runs_and_other_seeds(toy):
     same_state(second, first)
     other, _ = run(busy_config(toy, seed=1))
     assert not torch.equal(other.model.state_dict()["out.weight"], first.model.state_dict()["out.weight"])
+
+
+def test_resume_deletes_what_a_killed_process_had_no_time_to(toy, tmp_path, monkeypatch):
+    """Killed between the commit of the last checkpoint and the deletion of the old ones."""
+    config = busy_config(toy, save_every_steps=4, keep_checkpoints=2)
+    run(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["recis.checkpoint.save"], "rotate", lambda run, keep, protect: [])
+        run(config, tmp_path / "killed")
+    assert len(list_checkpoints(tmp_path / "killed")) > 2
+    run(config, tmp_path / "killed", resume=True)
+    have, want = ([path.name for path in list_checkpoints(tmp_path / name)] for name in ("killed", "straight"))
+    assert have == want
