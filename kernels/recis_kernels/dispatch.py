@@ -18,7 +18,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the CPU core needs no triton; choose() names the extra when a version of it is asked for
+except ImportError:  # the CPU core needs no triton; jit() leaves its kernels unmade and launch() names the way out
     triton = None
     tl = None
 
@@ -77,3 +77,46 @@ def choose(
 def njit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a CPU loop: no GIL, cached on disk, IEEE arithmetic, C division; no bounds checks."""
     return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False)(function)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Make a Triton kernel, or a function that kernels call; where triton is absent, leave the function as it is."""
+    return function if triton is None else triton.jit(function)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a Triton kernel on the device of its first tensor argument; an empty grid runs nothing.
+
+    Products and sums are not contracted into fused multiply-adds: a GPU's bits then equal the CPU's and the interpreter's.
+    Tensors on the CPU are for the interpreter (TRITON_INTERPRET=1 before triton is imported).
+
+    Args:
+        kernel: made by `jit`.
+        grid: programs per axis, up to three.
+        args: the kernel's arguments; tensors become pointers.
+        options: the kernel's constexpr arguments by name, num_warps and num_stages.
+
+    Raises:
+        RuntimeError: triton is not installed, or the tensors are on the CPU and the interpreter is off.
+        ValueError: the tensors lie on different devices.
+    """
+    if triton is None:
+        raise RuntimeError("this needs triton, which is not installed: pip install triton==3.9.0")
+    devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+    if len(devices) != 1:
+        raise ValueError(
+            f"a kernel's tensors must lie on one device; got {sorted(map(str, devices))}: move them together"
+        )
+    device = devices.pop()
+    if 0 in grid:
+        return
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, enable_fp_fusion=False, **options)
+        return
+    if isinstance(kernel, triton.runtime.JITFunction):
+        raise RuntimeError(
+            f"a Triton kernel cannot run on {device} tensors: move them to a CUDA device, leave impl at 'auto', "
+            "or set TRITON_INTERPRET=1 before triton is imported"
+        )
+    kernel[grid](*args, **options)
