@@ -24,12 +24,12 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
-import recis_kernels
-from recis_kernels import dispatch
+import recis_kernels  # noqa: E402
+from recis_kernels import dispatch  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -84,7 +84,8 @@ def compile_all(arch: int, prefix: str = "test_") -> dict[str, list[dict[str, An
         if "def launches(" not in path.read_text():
             continue
         spec = importlib.util.spec_from_file_location(f"compiled_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.launches()
