@@ -8,16 +8,18 @@ line). Growth adds a block, so an address stays valid for the life of the store,
 contiguous piece of memory. Blocks are mapped lazily: spare rows cost no memory until they are written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from recis_kernels.address import uint16_at
-from recis_kernels.dispatch import njit
+from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.host_memory import zeroed_bytes
 from recis_kernels.prefetch import prefetch, prefetch_write
+from recis_kernels.row_blocks_triton import copy_field
 from recis_kernels.threads import run_parts, split
 
 ROW_ALIGNMENT = 32
@@ -104,6 +106,12 @@ class RowLayout:
         """Distance between two rows of a block."""
         return _round_up(self.id_offset + (20 if self.clock else 16), ROW_ALIGNMENT)
 
+    @property
+    def key(self) -> str:
+        """The layout as a line of text, what registered ops carry: `layout_of_key` reads it."""
+        states = ",".join(f"{name}:{width}" for name, width in self.state)
+        return f"{self.dim} {str(self.dtype).removeprefix('torch.')} {states} {int(self.clock)}"
+
     def fields(self) -> dict[str, tuple[int, int, torch.dtype]]:
         """Return {name: (byte offset, width, dtype)} of each part, in row order; width 0 = a scalar."""
         found = {"weight": (0, self.dim, self.dtype)}
@@ -117,14 +125,24 @@ class RowLayout:
         return found
 
 
+@cache
+def layout_of_key(key: str) -> RowLayout:
+    """Return the layout that `RowLayout.key` describes."""
+    dim, dtype, states, clock = key.split(" ")
+    pairs = (state.rsplit(":", 1) for state in states.split(",") if state)
+    return RowLayout(int(dim), getattr(torch, dtype), tuple((name, int(width)) for name, width in pairs), clock == "1")
+
+
 class RowBlocks:
     """Rows 0 .. capacity - 1 of one layout; the caller decides which are in use.
 
     Attributes:
         layout, device: as given.
+        layout_key: layout.key.
         shift: a block holds 2**shift rows.
         blocks: uint8 tensors [2**shift, row_bytes].
-        pointers: int64 [num_blocks], CPU; the address of each block, what kernels take.
+        pointers: int64 [num_blocks], CPU; the address of each block, what numba loops take.
+        device_pointers: the same on `device`, what Triton kernels take; on the CPU the same tensor.
     """
 
     def __init__(self, layout: RowLayout, *, device: torch.device | str = "cpu", shift: int | None = None) -> None:
@@ -133,10 +151,27 @@ class RowBlocks:
         if not 0 <= shift <= 31:
             raise ValueError(f"shift must be 0..31 (a block holds 2**shift rows); got {shift}")
         self.layout = layout
+        self.layout_key = layout.key
         self.device = torch.device(device)
         self.shift = shift
         self.blocks: list[Tensor] = []
-        self.pointers = torch.empty(0, dtype=torch.int64)
+        self._set_pointers()
+
+    @classmethod
+    def over(cls, layout: RowLayout, shift: int, blocks: Sequence[Tensor], device: torch.device) -> "RowBlocks":
+        """Return row blocks over given block tensors, sharing their memory: what a registered op makes of its arguments.
+
+        Addresses are taken from these tensors and nowhere else: torch.compile may hand an op copies of the blocks.
+        """
+        made = cls(layout, device=device, shift=shift)
+        made.blocks = list(blocks)
+        made._set_pointers()
+        return made
+
+    def _set_pointers(self) -> None:
+        self.pointers = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64)
+        # a new tensor each time: kernels under way may still read the old one, which its stream's allocator keeps
+        self.device_pointers = self.pointers.to(self.device)
 
     def __reduce__(self) -> tuple:
         raise TypeError("RowBlocks hold addresses and cannot be copied or pickled; write() what read() gives elsewhere")
@@ -152,10 +187,12 @@ class RowBlocks:
             block = zeroed_bytes(row_bytes << self.shift, self.device)
             self.blocks.append(block.view(1 << self.shift, row_bytes))
         if len(self.blocks) != self.pointers.numel():
-            self.pointers = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64)
+            self._set_pointers()
 
-    def read(self, rows: Tensor, fields: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    def read(self, rows: Tensor, fields: tuple[str, ...] | None = None, *, impl: Impl = "auto") -> dict[str, Tensor]:
         """Return copies of the named fields (None = all) of rows [N]: weight [N, D], state.* [N, w], the others [N].
+
+        Checks the rows, which is one host sync on a GPU.
 
         Raises:
             ValueError: a row outside [0, capacity), or a field this layout does not have.
@@ -166,12 +203,12 @@ class RowBlocks:
         for name in known if fields is None else fields:
             offset, width, dtype = self._field(name, known)
             values = torch.empty((rows.numel(), width) if width else (rows.numel(),), dtype=dtype, device=self.device)
-            self._copy(rows, values, offset, to_rows=False)
+            self._copy(rows, values, offset, impl, to_rows=False)
             out[name] = values
         return out
 
-    def write(self, rows: Tensor, fields: Mapping[str, Tensor]) -> None:
-        """Set the given fields of rows [N] (distinct); shapes and dtypes as `read` returns them.
+    def write(self, rows: Tensor, fields: Mapping[str, Tensor], *, impl: Impl = "auto") -> None:
+        """Set the given fields of rows [N] (distinct); shapes and dtypes as `read` returns them, checks as there.
 
         Raises:
             ValueError: a row outside [0, capacity), an unknown field, or a value of another shape or dtype.
@@ -186,7 +223,7 @@ class RowBlocks:
                     f"{name} must be {shape} {dtype}; got {tuple(values.shape)} {values.dtype}; convert it"
                 )
         for name, values in fields.items():
-            self._copy(rows, values.detach().to(self.device).contiguous(), known[name][0], to_rows=True)
+            self._copy(rows, values.detach().to(self.device).contiguous(), known[name][0], impl, to_rows=True)
 
     def _field(self, name: str, known: Mapping[str, tuple[int, int, torch.dtype]]) -> tuple[int, int, torch.dtype]:
         if name not in known:
@@ -202,32 +239,40 @@ class RowBlocks:
             )
         return rows.contiguous()
 
-    def _copy(self, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
-        if rows.numel() == 0:
-            return
-        num_bytes = values[0].numel() * values.element_size()
-        if self.device.type != "cpu":
-            self._copy_blockwise(rows, values, offset, num_bytes, to_rows=to_rows)
-            return
-        words = values.view(-1).view(torch.uint8).view(torch.uint16)  # numpy has no bfloat16
-        pointers, where, data = self.pointers.numpy(), rows.numpy(), words.numpy()
+    def _copy(self, rows: Tensor, values: Tensor, offset: int, impl: Impl, *, to_rows: bool) -> None:
+        version = choose(impl, self.device_pointers, triton=_copy_triton, numba=_copy_numba, torch=_copy_blockwise)
+        if rows.numel():
+            version(self, rows, values, offset, to_rows=to_rows)
 
-        def loop(start: int, stop: int) -> None:
-            args = (pointers, self.shift, self.layout.row_bytes, offset, num_bytes // 2, where, data, start, stop)
-            (_scatter_words if to_rows else _gather_words)(*args)
 
-        run_parts(loop, split(rows.numel()))
+def _copy_triton(store: RowBlocks, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
+    row_bytes = store.layout.row_bytes
+    copy_field(store.device_pointers, store.shift, row_bytes, offset, rows, values, to_rows=to_rows)
 
-    def _copy_blockwise(self, rows: Tensor, values: Tensor, offset: int, num_bytes: int, *, to_rows: bool) -> None:
-        data = values.view(rows.numel(), -1).view(torch.uint8)
-        block_of_row, within = rows >> self.shift, rows & ((1 << self.shift) - 1)
-        for number, block in enumerate(self.blocks):
-            picked = (block_of_row == number).nonzero().squeeze(1)
-            part = block[:, offset : offset + num_bytes]
-            if to_rows:
-                part[within[picked]] = data[picked]
-            else:
-                data[picked] = part[within[picked]]
+
+def _copy_numba(store: RowBlocks, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
+    num_words = values[0].numel() * values.element_size() // 2
+    words = values.view(-1).view(torch.uint8).view(torch.uint16)  # numpy has no bfloat16
+    pointers, where, data = store.pointers.numpy(), rows.numpy(), words.numpy()
+
+    def loop(start: int, stop: int) -> None:
+        args = (pointers, store.shift, store.layout.row_bytes, offset, num_words, where, data, start, stop)
+        (_scatter_words if to_rows else _gather_words)(*args)
+
+    run_parts(loop, split(rows.numel()))
+
+
+def _copy_blockwise(store: RowBlocks, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
+    """The plain form for any device: block after block, a host sync each."""
+    data = values.view(rows.numel(), -1).view(torch.uint8)
+    block_of_row, within = rows >> store.shift, rows & ((1 << store.shift) - 1)
+    for number, block in enumerate(store.blocks):
+        picked = (block_of_row == number).nonzero().squeeze(1)
+        part = block[:, offset : offset + data.shape[1]]
+        if to_rows:
+            part[within[picked]] = data[picked]
+        else:
+            data[picked] = part[within[picked]]
 
 
 # Fields are copied as 16-bit words: every field is a whole count of them, and the compiler widens the inner loops to vectors.

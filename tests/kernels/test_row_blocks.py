@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from recis_kernels.row_blocks import RowBlocks, RowLayout
+from recis_kernels.row_blocks import RowBlocks, RowLayout, layout_of_key
 
 LAYOUTS = [
     RowLayout(1),
@@ -55,21 +55,53 @@ def test_offsets_by_hand():
     assert RowLayout(2).clock_offset == -1
 
 
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_write_then_read_touches_nothing_else(layout):
+def test_write_then_read_touches_nothing_else(layout, impl):
     blocks = RowBlocks(layout, shift=2)
     blocks.grow(23)
     assert blocks.capacity == 24
     rows = torch.tensor([17, 0, 23, 5])
     fields = numbered(blocks, rows, 1)
-    blocks.write(rows, fields)
-    assert_fields_equal(blocks.read(rows), fields)
+    blocks.write(rows, fields, impl=impl)
+    assert_fields_equal(blocks.read(rows, impl=impl), fields)
     others = torch.tensor([row for row in range(24) if row not in rows.tolist()])
-    assert all(not values.any() for values in blocks.read(others).values())
-    blocks.write(rows[:1], {"count": torch.tensor([99], dtype=torch.int32)})
+    assert all(not values.any() for values in blocks.read(others, impl=impl).values())
+    blocks.write(rows[:1], {"count": torch.tensor([99], dtype=torch.int32)}, impl=impl)
     fields["count"][0] = 99
-    assert_fields_equal(blocks.read(rows), fields)
-    assert blocks.read(rows, ("id",))["id"].equal(fields["id"])
+    for reader in ("triton", "numba", "torch"):
+        assert_fields_equal(blocks.read(rows, impl=reader), fields)
+    assert blocks.read(rows, ("id",), impl=impl)["id"].equal(fields["id"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [1, 3, 257, 1023], ids="D{}".format)
+def test_versions_copy_every_bit(dim, dtype):
+    """Rows and words beyond one tile, odd widths, and NaNs with marks of their own."""
+    blocks = RowBlocks(RowLayout(dim, dtype), shift=4)
+    blocks.grow(70)
+    word = torch.int32 if dtype == torch.float32 else torch.int16
+    values = torch.randint(-(2**15), 2**15, (67, dim)).to(word).mul(65537 if dtype == torch.float32 else 1).view(dtype)
+    rows = torch.randperm(70)[:67]
+    for writer, reader in (("triton", "numba"), ("numba", "triton")):
+        blocks.write(rows, {"weight": torch.zeros_like(values)})
+        blocks.write(rows, {"weight": values}, impl=writer)
+        assert blocks.read(rows, ("weight",), impl=reader)["weight"].view(word).equal(values.view(word))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_survives_its_key(layout):
+    assert layout_of_key(layout.key) == layout
+
+
+def test_blocks_over_given_tensors_share_memory():
+    blocks = RowBlocks(RowLayout(3), shift=1)
+    blocks.grow(4)
+    copies = [block.clone() for block in blocks.blocks]
+    other = RowBlocks.over(blocks.layout, 1, copies, torch.device("cpu"))
+    other.write(torch.tensor([3]), {"weight": torch.ones(1, 3)})
+    assert blocks.read(torch.tensor([3]), ("weight",))["weight"].sum() == 0
+    assert copies[1][1, :12].view(torch.float32).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_rows_past_a_block_keep_address_and_content():
@@ -83,6 +115,7 @@ def test_rows_past_a_block_keep_address_and_content():
     assert blocks.capacity == 3072
     assert blocks.pointers[:2].equal(before)
     assert blocks.pointers.tolist() == [block.data_ptr() for block in blocks.blocks]
+    assert blocks.device_pointers.equal(blocks.pointers)
     assert all(pointer % 64 == 0 for pointer in blocks.pointers.tolist())
     assert blocks.read(rows)["weight"].equal(values)
     blocks.grow(1)
@@ -98,14 +131,16 @@ def test_values_of_other_strides_are_taken():
     assert blocks.read(torch.arange(8))["weight"].equal(values.detach())
 
 
-def test_rows_beyond_two_to_the_31_bytes_and_floats():
-    blocks = RowBlocks(RowLayout(64, state=(("m", 64), ("v", 64))), shift=22)  # 800 B a row: 3.3 GB of address space
-    blocks.grow(1 << 22)  # mapped lazily: only the pages that are written exist
-    rows = torch.tensor([0, (1 << 22) - 1, (1 << 31) // 800 + 1])
-    values = torch.randn(3, 64)
-    blocks.write(rows, {"weight": values})
-    assert blocks.read(rows)["weight"].equal(values)
-    last = blocks.blocks[0][-1][:256].view(torch.float32)
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_rows_beyond_two_to_the_31_elements(impl):
+    blocks = RowBlocks(RowLayout(1024), shift=21)  # one block of 2.2e9 floats: 8.7 GB of address space
+    blocks.grow(1 << 21)  # mapped lazily: only the pages that are written exist
+    assert blocks.blocks[0].numel() // 4 > 2**31
+    rows = torch.tensor([0, (1 << 21) - 1, (1 << 31) // blocks.layout.row_bytes + 1])
+    values = torch.randn(3, 1024)
+    blocks.write(rows, {"weight": values}, impl=impl)
+    assert blocks.read(rows, ("weight",), impl=impl)["weight"].equal(values)
+    last = blocks.blocks[0][-1][:4096].view(torch.float32)
     assert last.equal(values[1])
 
 
@@ -142,3 +177,12 @@ def test_empty_and_errors():
 def test_impossible_layouts(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def launches() -> None:
+    for dim, dtype in ((64, torch.float32), (5, torch.bfloat16)):
+        blocks = RowBlocks(RowLayout(dim, dtype), shift=3)
+        blocks.grow(20)
+        rows = torch.arange(20)
+        fields = blocks.read(rows, impl="triton")
+        blocks.write(rows, fields, impl="triton")
