@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numba
 import torch
 
+from recis_kernels import calibration
+
 try:
     import triton
     import triton.language as tl
@@ -54,8 +56,9 @@ def choose(
     """Return the version of an op to run on `tensor`'s device.
 
     `auto` means triton on CUDA; on CPU the numba loop when the op has one, else the torch version (an op passes only the
-    one its recorded benchmark favours as `numba=`, or leaves it out). Falls back to torch on CUDA while an op has no
-    triton version.
+    one its recorded benchmark favours as `numba=`, or leaves it out). Of an op with both, tensors with fewer elements than
+    the calibration's numba_from_items go to torch; compiled graphs are traced with the numba loop. Falls back to torch on
+    CUDA while an op has no triton version.
 
     Raises:
         ValueError: the named version does not exist for this op.
@@ -63,6 +66,8 @@ def choose(
     versions = {"triton": triton, "numba": numba, "torch": torch, "reference": reference}
     if impl == "auto":
         order = ("triton", "torch", "reference") if tensor.is_cuda else ("numba", "torch", "reference")
+        if order[0] == "numba" and torch is not None and _is_small(tensor):
+            order = ("torch",)
         for name in order:
             if versions[name] is not None:
                 return versions[name]  # type: ignore[return-value]
@@ -72,6 +77,14 @@ def choose(
         have = ", ".join(name for name, version in versions.items() if version is not None)
         raise ValueError(f"impl={impl!r} is not available for this op; it has: {have}")
     return chosen
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    """Return whether calibration gives a CPU tensor to torch; never while a graph is traced: it reads a file once."""
+    if torch.compiler.is_compiling():
+        return False
+    least = calibration.current().numba_from_items
+    return least > 0 and tensor.numel() < least
 
 
 def njit(function: Callable[..., Any]) -> Callable[..., Any]:

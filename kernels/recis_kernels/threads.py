@@ -12,7 +12,10 @@ from threading import Lock
 
 import torch
 
-MIN_ITEMS_PER_THREAD = 4096  # below this the hand-over (about 30 us) costs more than the second core gives
+from recis_kernels import calibration
+
+MIN_ITEMS_PER_THREAD = 4096  # below this the hand-over of a share costs more than the second core gives
+HAND_OVER_US = calibration.BUILT_IN.thread_hand_over_us  # what this and the ops' own least shares are stated for
 
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -25,8 +28,13 @@ def num_threads() -> int:
 
 
 def split(num_items: int, *, min_items: int = MIN_ITEMS_PER_THREAD) -> list[tuple[int, int]]:
-    """Cut range(num_items) into at most num_threads() even (start, stop) parts of at least min_items."""
-    parts = max(1, min(num_threads(), num_items // max(1, min_items)))
+    """Cut range(num_items) into at most num_threads() even (start, stop) parts.
+
+    Each has at least min_items where a hand-over to another thread takes HAND_OVER_US, and in proportion where this
+    machine's calibration says otherwise.
+    """
+    least = max(1, round(min_items * calibration.current().thread_hand_over_us / HAND_OVER_US))
+    parts = max(1, min(num_threads(), num_items // least))
     bounds = [num_items * part // parts for part in range(parts + 1)]
     return list(pairwise(bounds))
 

@@ -4,7 +4,7 @@ tables, dense tensors     what the model has learned
 optim                     dense optimizer by parameter name, numbers of the row optimizers
 rng, metrics              generators, states of the training metrics
 reader, schedules         positions
-trainer                   RunState, the step clocks of the tables, the feature engine as JSON
+trainer                   RunState, the step clocks of the tables, the feature engine as JSON, the kernels' choices
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from recis.trainer.build import load_named_optimizer_state, named_optimizer_stat
 from recis.trainer.config import InitFrom, TrainConfig
 from recis.trainer.randomness import random_state, set_random_state
 from recis.trainer.serialize import differences
+from recis_kernels import calibration
 
 if TYPE_CHECKING:
     from recis.trainer.trainer import Trainer
@@ -64,6 +65,7 @@ def boundary(trainer: "Trainer") -> Boundary:
             "run": trainer.state.state_dict(),
             "table_sets": [table_set.state() for table_set in trainer.table_sets],
             "features": None if trainer.engine is None else trainer.engine.to_json(),
+            "kernel_choices": calibration.to_json(trainer.choices),
         },
         metrics=trainer.state.metrics,
         config=trainer.config_text,
@@ -83,6 +85,13 @@ def restore(trainer: "Trainer", checkpoint: Path) -> Any:
     trainer.state.load_state_dict(loaded.trainer["run"])
     trainer.state.metrics = dict(loaded.metrics or {})
     trainer.state.checkpoint = checkpoint
+    if "kernel_choices" in loaded.trainer:  # checkpoints of the first release have none
+        try:
+            trainer.choices = calibration.from_json(loaded.trainer["kernel_choices"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{checkpoint}: its kernel choices: {error}; resume with the release of the run"
+            ) from error
     for table_set, state in zip(trainer.table_sets, loaded.trainer["table_sets"], strict=True):
         table_set.load_state(state)
     _mark_base(trainer)

@@ -44,6 +44,7 @@ from recis.trainer.randomness import deterministic_torch, seed_everything
 from recis.trainer.run_folder import RunFolder
 from recis.trainer.serialize import to_json
 from recis.trainer.state import RunState
+from recis_kernels import calibration
 
 
 class NonFiniteLossError(RecisError):
@@ -73,6 +74,8 @@ class Trainer:
         collections: its embedding collections.
         tables: their tables by name.
         state: where the run stands (see RunState).
+        choices: what the kernels choose by: the built-in table in deterministic mode, else this machine's; of a resumed
+            run the one in its checkpoint.
 
     Raises:
         ConfigError: `out` holds something else, or a run with another config; a setting that does not fit the model.
@@ -105,6 +108,7 @@ class Trainer:
     def _build(self, out: Path | None, *, resume: bool, quiet: bool) -> None:
         config = self.config
         seed_everything(config.seed)
+        self.choices = calibration.BUILT_IN if config.deterministic else calibration.current()
         self.model = build_model(config)
         self.collections = find_collections(self.model)
         self.table_sets = table_sets(self.collections)
@@ -138,6 +142,10 @@ class Trainer:
         Raises:
             NonFiniteLossError: before anything is updated.
         """
+        with calibration.use(self.choices):
+            return self._train_step(micro_batches)
+
+    def _train_step(self, micro_batches: Sequence[Batch]) -> StepOutput:
         config, step = self.config, self.state.step + 1
         self.model.train()
         total_weight = torch.stack([batch.weights.sum() for batch in micro_batches]).sum()
@@ -317,7 +325,7 @@ class Trainer:
         with torch.no_grad():
             try:
                 for raw, batch in source.batches():
-                    with self._autocast(batch.weights.device.type):
+                    with calibration.use(self.choices), self._autocast(batch.weights.device.type):
                         output = self._forward(batch)
                     yield raw, batch, _as_float(output)
             finally:
