@@ -16,9 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels import byte_hash_triton as device
 from recis_kernels.byte_hash import farm_id, farm_one, murmur_id, murmur_one
-from recis_kernels.columns import check_columns, run_columns
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.columns import (
+    block_table,
+    check_columns,
+    column_of_program,
+    parameter_of_column,
+    run_columns,
+    values_of_program,
+)
+from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form
 
 HashKind = Literal["farm", "murmur"]
@@ -50,8 +58,8 @@ def hash_strings(
         raise ValueError(f"data must be uint8 [bytes]; got {tuple(data.shape)} {data.dtype}")
     check_offsets_form(offsets)
     _check(offsets.numel() - 1, column_offsets, kinds, num_buckets)
-    version = choose(impl, data, numba=_strings_numba, reference=_strings_reference)
-    return version(data, offsets, column_offsets, kinds, num_buckets)
+    run = _strings_op if torch.compiler.is_compiling() else _strings
+    return run(data, offsets, column_offsets, [KINDS.index(kind) for kind in kinds], _bucket_codes(num_buckets), impl)
 
 
 def hash_ids(
@@ -70,8 +78,8 @@ def hash_ids(
     if ids.ndim != 1 or ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64 [L]; got {tuple(ids.shape)} {ids.dtype}")
     _check(ids.shape[0], column_offsets, kinds, num_buckets)
-    version = choose(impl, ids, numba=_ids_numba, reference=_ids_reference)
-    return version(ids, column_offsets, kinds, num_buckets)
+    run = _ids_op if torch.compiler.is_compiling() else _ids
+    return run(ids, column_offsets, [KINDS.index(kind) for kind in kinds], _bucket_codes(num_buckets), impl)
 
 
 def _check(num_values: int, column_offsets: Sequence[int], kinds: Sequence[str], num_buckets: Sequence) -> None:
@@ -85,6 +93,39 @@ def _check(num_values: int, column_offsets: Sequence[int], kinds: Sequence[str],
             raise ValueError(f"num_buckets must be None or in [0, 2**63); got {buckets}")
 
 
+def _bucket_codes(num_buckets: Sequence[int | None]) -> list[int]:
+    return [-1 if buckets is None else buckets for buckets in num_buckets]
+
+
+# ---- nodes of torch.compile: kinds are places in KINDS, and a bucket count of -1 stands for None
+
+
+def _strings(
+    data: Tensor, offsets: Tensor, column_offsets: Sequence[int], kinds: Sequence[int], codes: Sequence[int], impl: str
+) -> Tensor:
+    version = choose(impl, data, triton=_strings_triton, numba=_strings_numba, reference=_strings_reference)  # type: ignore[arg-type]
+    return version(data, offsets, column_offsets, kinds, codes)
+
+
+def _ids(ids: Tensor, column_offsets: Sequence[int], kinds: Sequence[int], codes: Sequence[int], impl: str) -> Tensor:
+    version = choose(impl, ids, triton=_ids_triton, numba=_ids_numba, reference=_ids_reference)  # type: ignore[arg-type]
+    return version(ids, column_offsets, kinds, codes)
+
+
+_strings_op = torch.library.custom_op("recis::hash_strings", _strings, mutates_args=())
+_ids_op = torch.library.custom_op("recis::hash_ids", _ids, mutates_args=())
+
+
+@_strings_op.register_fake
+def _(data, offsets, column_offsets, kinds, codes, impl):
+    return data.new_empty(offsets.shape[0] - 1, dtype=torch.int64)
+
+
+@_ids_op.register_fake
+def _(ids, column_offsets, kinds, codes, impl):
+    return torch.empty_like(ids, memory_format=torch.contiguous_format)
+
+
 # ---- reference: Python ints, written from the published descriptions apart from byte_hash.py
 
 _MASK = (1 << 64) - 1
@@ -92,24 +133,24 @@ _K0, _K1, _K2 = 0xC3A5C85C97CB3127, 0xB492B66FBE98F273, 0x9AE16A3B2F90404F
 _M = 0xC6A4A7935BD1E995
 
 
-def _strings_reference(data, offsets, column_offsets, kinds, num_buckets) -> Tensor:
+def _strings_reference(data, offsets, column_offsets, kinds, codes) -> Tensor:
     joined, ends = data.cpu().numpy().tobytes(), offsets.tolist()
     texts = [joined[start:stop] for start, stop in pairwise(ends)]
-    return _hash_reference(texts, column_offsets, kinds, num_buckets).to(data.device)
+    return _hash_reference(texts, column_offsets, kinds, codes).to(data.device)
 
 
-def _ids_reference(ids, column_offsets, kinds, num_buckets) -> Tensor:
+def _ids_reference(ids, column_offsets, kinds, codes) -> Tensor:
     texts = [value.to_bytes(8, "little", signed=True) for value in ids.tolist()]
-    return _hash_reference(texts, column_offsets, kinds, num_buckets).to(ids.device)
+    return _hash_reference(texts, column_offsets, kinds, codes).to(ids.device)
 
 
-def _hash_reference(texts: list[bytes], column_offsets, kinds, num_buckets) -> Tensor:
+def _hash_reference(texts: list[bytes], column_offsets, kinds, codes) -> Tensor:
     hashes = []
-    for column, (kind, buckets) in enumerate(zip(kinds, num_buckets, strict=True)):
-        hash_one = {"farm": _farm_reference, "murmur": _murmur_reference}[kind]
+    for column, (kind, buckets) in enumerate(zip(kinds, codes, strict=True)):
+        hash_one = {"farm": _farm_reference, "murmur": _murmur_reference}[KINDS[kind]]
         for text in texts[column_offsets[column] : column_offsets[column + 1]]:
             bits = hash_one(text)
-            if buckets is not None:
+            if buckets >= 0:
                 bits = bits % buckets if buckets else bits & (1 << 63) - 1
             hashes.append(bits - (1 << 64) if bits >> 63 else bits)
     return torch.tensor(hashes, dtype=torch.int64)
@@ -210,27 +251,23 @@ def _murmur_reference(text: bytes) -> int:
 # ---- numba: one loop per kind; a column is one call, so the kind costs nothing per value
 
 
-def _strings_numba(data, offsets, column_offsets, kinds, num_buckets) -> Tensor:
+def _strings_numba(data, offsets, column_offsets, kinds, codes) -> Tensor:
     out = torch.empty(offsets.numel() - 1, dtype=torch.int64)
     data = data.contiguous()  # kept by this name while the loops read it by address
     base, ends, array = data.data_ptr(), offsets.numpy(), out.numpy()
-    run = {"farm": _farm_strings, "murmur": _murmur_strings}
-    loops = [partial(run[kind], base, ends, array, _bucket_code(n)) for kind, n in zip(kinds, num_buckets, strict=True)]
+    run = _farm_strings, _murmur_strings
+    loops = [partial(run[kind], base, ends, array, code) for kind, code in zip(kinds, codes, strict=True)]
     run_columns(lambda column, *part: loops[column](*part), out.numel(), column_offsets, min_items=2048)
     return out
 
 
-def _ids_numba(ids, column_offsets, kinds, num_buckets) -> Tensor:
+def _ids_numba(ids, column_offsets, kinds, codes) -> Tensor:
     out = torch.empty_like(ids, memory_format=torch.contiguous_format)
     source, array = ids.contiguous().numpy(), out.numpy()
-    run = {"farm": _farm_ids, "murmur": _murmur_ids}
-    loops = [partial(run[kind], source, array, _bucket_code(n)) for kind, n in zip(kinds, num_buckets, strict=True)]
+    run = _farm_ids, _murmur_ids
+    loops = [partial(run[kind], source, array, code) for kind, code in zip(kinds, codes, strict=True)]
     run_columns(lambda column, *part: loops[column](*part), out.numel(), column_offsets, min_items=8192)
     return out
-
-
-def _bucket_code(num_buckets: int | None) -> int:
-    return -1 if num_buckets is None else num_buckets
 
 
 _LOW63 = np.uint64((1 << 63) - 1)
@@ -269,3 +306,54 @@ def _farm_ids(ids, out, buckets, start, stop):
 def _murmur_ids(ids, out, buckets, start, stop):
     for i in range(start, stop):
         out[i] = _to_bucket(murmur_id(ids[i]), buckets)
+
+
+# ---- Triton: a program takes strings or ids of one column, so its kind and buckets are the same for every lane
+
+_STRINGS_PER_PROGRAM, _IDS_PER_PROGRAM = 128, 1024
+
+
+def _strings_triton(data, offsets, column_offsets, kinds, codes) -> Tensor:
+    out = data.new_empty(offsets.numel() - 1, dtype=torch.int64)
+    block = _STRINGS_PER_PROGRAM
+    table, programs = block_table(column_offsets, (kinds, codes), block, data.device)
+    arguments = data.contiguous(), offsets.contiguous(), table, out, len(kinds)
+    launch(_hash_strings_kernel, (programs,), *arguments, BLOCK=block, num_warps=4)
+    return out
+
+
+def _ids_triton(ids, column_offsets, kinds, codes) -> Tensor:
+    out = torch.empty_like(ids, memory_format=torch.contiguous_format)
+    block = _IDS_PER_PROGRAM
+    table, programs = block_table(column_offsets, (kinds, codes), block, ids.device)
+    launch(_hash_ids_kernel, (programs,), ids.contiguous(), table, out, len(kinds), BLOCK=block, num_warps=8)
+    return out
+
+
+@jit
+def _hash_strings_kernel(data_ptr, offsets_ptr, table_ptr, out_ptr, num_columns, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    column = column_of_program(table_ptr, program, num_columns)
+    place, mask = values_of_program(table_ptr, program, column, num_columns, BLOCK)
+    first = tl.load(offsets_ptr + place, mask=mask, other=0).to(tl.int64)
+    size = tl.load(offsets_ptr + place + 1, mask=mask, other=0).to(tl.int64) - first
+    if parameter_of_column(table_ptr, column, num_columns, 0) == 0:
+        bits = device.farm_bytes(data_ptr, first, size, mask)
+    else:
+        bits = device.murmur_bytes(data_ptr, first, size, mask)
+    buckets = parameter_of_column(table_ptr, column, num_columns, 1)
+    tl.store(out_ptr + place, device.to_bucket(bits, buckets), mask=mask)
+
+
+@jit
+def _hash_ids_kernel(ids_ptr, table_ptr, out_ptr, num_columns, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    column = column_of_program(table_ptr, program, num_columns)
+    place, mask = values_of_program(table_ptr, program, column, num_columns, BLOCK)
+    ids = tl.load(ids_ptr + place, mask=mask, other=0)
+    if parameter_of_column(table_ptr, column, num_columns, 0) == 0:
+        bits = device.farm_id(ids)
+    else:
+        bits = device.murmur_id(ids)
+    buckets = parameter_of_column(table_ptr, column, num_columns, 1)
+    tl.store(out_ptr + place, device.to_bucket(bits, buckets), mask=mask)
