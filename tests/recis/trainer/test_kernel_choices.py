@@ -22,6 +22,13 @@ def seen_by(trainer):
     return seen
 
 
+def kept_in(run):
+    """Return the table in the newest checkpoint of a run."""
+    newest = latest(run)
+    assert newest is not None
+    return calibration.from_json(read_manifest(newest).trainer["kernel_choices"])
+
+
 def test_deterministic_runs_ignore_the_machine(toy, tmp_path):
     with calibration.use(HERE):
         trainer = Trainer(toy.config(max_steps=2, eval_data=toy.source([50])), tmp_path, quiet=True)
@@ -29,8 +36,7 @@ def test_deterministic_runs_ignore_the_machine(toy, tmp_path):
         trainer.train()
         assert calibration.current() is HERE
     assert seen == [BUILT_IN] * 3  # two steps and one batch of evaluation
-    kept = read_manifest(latest(tmp_path)).trainer["kernel_choices"]
-    assert calibration.from_json(kept) == BUILT_IN
+    assert kept_in(tmp_path) == BUILT_IN
 
 
 def test_a_resumed_run_uses_the_stored_choices(toy, tmp_path):
@@ -49,7 +55,7 @@ def test_a_resumed_run_uses_the_stored_choices(toy, tmp_path):
         second.train()
     assert second.state.step == 4
     assert seen == [HERE] * 2
-    assert calibration.from_json(read_manifest(latest(tmp_path)).trainer["kernel_choices"]) == HERE
+    assert kept_in(tmp_path) == HERE
 
 
 def test_choices_of_a_newer_release_are_refused(toy, tmp_path, monkeypatch):
