@@ -6,8 +6,12 @@
 No row (inverse -1, or a row number of -1) reads zeros. The sum is a left fold in fp32 in ascending position. Rows are
 fetched some positions ahead, because a random row costs a wait on memory. Least traffic: 8 + 4 D bytes a position and 4 D
 a bag for fp32 rows. What comes back to the rows goes through `row_grads`; here are only the gradients of the factors.
+
+The Triton versions give the numba versions' bits. torch.compile and export see registered ops, which take the block tensors
+themselves (recis::row_gather and so on); eager calls skip the registration, whose cost grows with the number of blocks.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,9 +20,10 @@ from torch import Tensor
 
 from recis_kernels.address import float32_at, load_int32, load_int64, store_float32
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
+from recis_kernels.embedding_bag_triton import gather, pool, pull_factors
 from recis_kernels.lanes import fold_rows, lane_scratch, lane_sum
 from recis_kernels.prefetch import prefetch
-from recis_kernels.row_blocks import RowBlocks
+from recis_kernels.row_blocks import RowBlocks, layout_of_key
 from recis_kernels.row_rounding import widen_row
 from recis_kernels.threads import run_parts, split
 
@@ -38,7 +43,9 @@ def row_gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None = None, *
         ValueError: rows or inverse has another shape or dtype.
     """
     inverse = _checked_inverse(blocks, rows, inverse)
-    return choose(impl, rows, numba=_gather_numba, reference=_gather_reference)(blocks, rows, inverse)
+    if torch.compiler.is_compiling():
+        return _gather_op(blocks.blocks, blocks.layout_key, blocks.shift, rows, inverse, impl)
+    return _gather(blocks, rows, inverse, impl)
 
 
 def embedding_bag(
@@ -50,7 +57,7 @@ def embedding_bag(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Return the pooled bags, float32 [N, D]; an empty bag gives zeros.
+    """Return the pooled bags, float32 [N, D]; an empty bag gives zeros. Differentiable in factors.
 
     Args:
         rows, inverse: as for row_gather.
@@ -64,7 +71,10 @@ def embedding_bag(
     _check_offsets(offsets)
     if factors is not None and (factors.ndim != 1 or factors.dtype != torch.float32):
         raise ValueError(f"factors must be [L] float32; got {tuple(factors.shape)} {factors.dtype}")
-    return choose(impl, rows, numba=_bag_numba, reference=_bag_reference)(blocks, rows, inverse, offsets, factors)
+    needs_grad = factors is not None and factors.requires_grad and torch.is_grad_enabled()
+    if needs_grad or torch.compiler.is_compiling():
+        return _bag_op(blocks.blocks, blocks.layout_key, blocks.shift, rows, inverse, offsets, factors, impl)
+    return _bag(blocks, rows, inverse, offsets, factors, impl)
 
 
 def factor_grads(
@@ -84,8 +94,9 @@ def factor_grads(
     _check_offsets(offsets)
     if tuple(grad.shape) != (offsets.numel() - 1, blocks.layout.dim):
         raise ValueError(f"grad must be {(offsets.numel() - 1, blocks.layout.dim)}; got {tuple(grad.shape)}")
-    version = choose(impl, rows, numba=_factor_grads_numba, reference=_factor_grads_reference)
-    return version(blocks, rows, inverse, offsets, grad.float().contiguous())
+    if torch.compiler.is_compiling():
+        return _factor_grads_op(blocks.blocks, blocks.layout_key, blocks.shift, rows, inverse, offsets, grad, impl)
+    return _factor_grads(blocks, rows, inverse, offsets, grad, impl)
 
 
 def tile_positions(offsets: Tensor, num_kept: int) -> Tensor:
@@ -94,18 +105,16 @@ def tile_positions(offsets: Tensor, num_kept: int) -> Tensor:
     return torch.where(positions < offsets[1:, None], positions, -1).reshape(-1)
 
 
-def _checked_inverse(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:
+def _checked_inverse(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor | None:
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows must be [U] int64; got {tuple(rows.shape)} {rows.dtype}")
-    if inverse is None:
-        inverse = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
-    if inverse.ndim != 1 or inverse.dtype not in (torch.int32, torch.int64):
+    if inverse is not None and (inverse.ndim != 1 or inverse.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"inverse must be [L] int32 or int64; got {tuple(inverse.shape)} {inverse.dtype}")
-    if checks_enabled():
+    if not torch.compiler.is_compiling() and checks_enabled():
         for name, values, limit in (("rows", rows, blocks.capacity), ("inverse", inverse, rows.numel())):
-            if values.numel() and not (int(values.min()) >= -1 and int(values.max()) < limit):
+            if values is not None and values.numel() and not (int(values.min()) >= -1 and int(values.max()) < limit):
                 raise ValueError(f"{name} must lie in -1..{limit - 1}; got {int(values.min())}..{int(values.max())}")
-    return inverse.contiguous()
+    return None if inverse is None else inverse.contiguous()
 
 
 def _check_offsets(offsets: Tensor) -> None:
@@ -113,17 +122,117 @@ def _check_offsets(offsets: Tensor) -> None:
         raise ValueError(f"offsets must be [N + 1] int64; got {tuple(offsets.shape)} {offsets.dtype}")
 
 
+def _filled(rows: Tensor, inverse: Tensor | None) -> Tensor:
+    return torch.arange(rows.numel(), dtype=torch.int32, device=rows.device) if inverse is None else inverse
+
+
+# ---- one version of each op, and the ops as torch.compile and export see them
+
+
+def _gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, impl: Impl) -> Tensor:
+    version = choose(impl, rows, triton=gather, numba=_gather_numba, reference=_gather_reference)
+    return version(blocks, rows.contiguous(), inverse)
+
+
+def _bag(
+    blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, offsets: Tensor, factors: Tensor | None, impl: Impl
+) -> Tensor:
+    version = choose(impl, rows, triton=pool, numba=_bag_numba, reference=_bag_reference)
+    fixed = None if factors is None else factors.detach().contiguous()
+    return version(blocks, rows.contiguous(), inverse, offsets.contiguous(), fixed)
+
+
+def _factor_grads(
+    blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, offsets: Tensor, grad: Tensor, impl: Impl
+) -> Tensor:
+    version = choose(impl, rows, triton=pull_factors, numba=_factor_grads_numba, reference=_factor_grads_reference)
+    return version(blocks, rows.contiguous(), inverse, offsets.contiguous(), grad.float().contiguous())
+
+
+@torch.library.custom_op("recis::row_gather", mutates_args=())
+def _gather_op(
+    blocks: Sequence[Tensor], layout: str, shift: int, rows: Tensor, inverse: Tensor | None, impl: str
+) -> Tensor:
+    return _gather(RowBlocks.over(layout_of_key(layout), shift, blocks, rows.device), rows, inverse, impl)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("recis::embedding_bag", mutates_args=())
+def _bag_op(
+    blocks: Sequence[Tensor],
+    layout: str,
+    shift: int,
+    rows: Tensor,
+    inverse: Tensor | None,
+    offsets: Tensor,
+    factors: Tensor | None,
+    impl: str,
+) -> Tensor:
+    store = RowBlocks.over(layout_of_key(layout), shift, blocks, rows.device)
+    return _bag(store, rows, inverse, offsets, factors, impl)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("recis::factor_grads", mutates_args=())
+def _factor_grads_op(
+    blocks: Sequence[Tensor],
+    layout: str,
+    shift: int,
+    rows: Tensor,
+    inverse: Tensor | None,
+    offsets: Tensor,
+    grad: Tensor,
+    impl: str,
+) -> Tensor:
+    store = RowBlocks.over(layout_of_key(layout), shift, blocks, rows.device)
+    return _factor_grads(store, rows, inverse, offsets, grad, impl)  # type: ignore[arg-type]
+
+
+@_gather_op.register_fake
+def _(blocks, layout, shift, rows, inverse, impl):
+    num_positions = (rows if inverse is None else inverse).shape[0]
+    return rows.new_empty((num_positions, layout_of_key(layout).dim), dtype=torch.float32)
+
+
+@_bag_op.register_fake
+def _(blocks, layout, shift, rows, inverse, offsets, factors, impl):
+    return rows.new_empty((offsets.shape[0] - 1, layout_of_key(layout).dim), dtype=torch.float32)
+
+
+@_factor_grads_op.register_fake
+def _(blocks, layout, shift, rows, inverse, offsets, grad, impl):
+    return rows.new_empty((rows if inverse is None else inverse).shape[0], dtype=torch.float32)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    blocks, ctx.layout, ctx.shift, rows, inverse, offsets, factors, ctx.impl = inputs
+    ctx.num_factors = 0 if factors is None else factors.shape[0]
+    ctx.save_for_backward(*blocks, rows, inverse, offsets)
+
+
+def _bag_backward(ctx, grad):
+    *blocks, rows, inverse, offsets = ctx.saved_tensors
+    pulled = None
+    if ctx.needs_input_grad[6]:
+        pulled = _factor_grads_op(blocks, ctx.layout, ctx.shift, rows, inverse, offsets, grad, ctx.impl)
+    return [None] * len(blocks), None, None, None, None, None, pulled, None
+
+
+_bag_op.register_autograd(_bag_backward, setup_context=_keep_for_backward)
+
+
 # ---- reference: float64, one bag at a time
 
 
-def _gather_reference(blocks: RowBlocks, rows: Tensor, inverse: Tensor) -> Tensor:
+def _gather_reference(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:
+    inverse = _filled(rows, inverse)
     at = torch.where(inverse >= 0, rows[inverse.long().clamp(min=0)], -1) if rows.numel() else inverse.long()
     out = torch.zeros(inverse.numel(), blocks.layout.dim)
     out[at >= 0] = blocks.read(at[at >= 0], ("weight",))["weight"].float()
     return out
 
 
-def _bag_reference(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
+def _bag_reference(
+    blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, offsets: Tensor, factors: Tensor | None
+) -> Tensor:
     vectors = _gather_reference(blocks, rows, inverse).double()
     out = torch.zeros(offsets.numel() - 1, blocks.layout.dim)
     for bag in range(offsets.numel() - 1):
@@ -133,9 +242,11 @@ def _bag_reference(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Te
     return out
 
 
-def _factor_grads_reference(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
+def _factor_grads_reference(
+    blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, offsets: Tensor, grad: Tensor
+) -> Tensor:
     vectors = _gather_reference(blocks, rows, inverse).double()
-    out = torch.zeros(inverse.numel())
+    out = torch.zeros(vectors.shape[0])
     for bag in range(offsets.numel() - 1):
         part = slice(int(offsets[bag]), int(offsets[bag + 1]))
         out[part] = (vectors[part] @ grad[bag].double()).float()
@@ -156,8 +267,8 @@ def _source(blocks: RowBlocks, rows: Tensor, inverse: Tensor) -> tuple[tuple[int
     return numbers, blocks.pointers.numpy()
 
 
-def _gather_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor) -> Tensor:
-    rows = rows.contiguous()
+def _gather_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:
+    inverse = _filled(rows, inverse)
     out = torch.empty(inverse.numel(), blocks.layout.dim)
     source, pointers = _source(blocks, rows, inverse)
 
@@ -188,23 +299,26 @@ def _scratch(blocks: RowBlocks, offsets: Tensor, start: int, stop: int) -> tuple
     return addresses, wide, wide.ctypes.data + wide.strides[0] * np.arange(1, 1 + WIDENED)
 
 
-def _bag_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
-    rows, offsets = rows.contiguous(), offsets.contiguous()
-    scale = None if factors is None else factors.detach().contiguous()
+def _bag_numba(
+    blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, offsets: Tensor, factors: Tensor | None
+) -> Tensor:
+    inverse = _filled(rows, inverse)
     out = torch.empty(offsets.numel() - 1, blocks.layout.dim)
     source, pointers = _source(blocks, rows, inverse)
 
     def loop(start: int, stop: int) -> None:
         scratch = _scratch(blocks, offsets, start, stop)
-        scale_at = 0 if scale is None else scale.data_ptr()
+        scale_at = 0 if factors is None else factors.data_ptr()
         _bag_loop(source, pointers, offsets.numpy(), scale_at, scratch, out.data_ptr(), start, stop)
 
     run_parts(loop, _bag_parts(offsets))
     return out
 
 
-def _factor_grads_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
-    rows, offsets = rows.contiguous(), offsets.contiguous()
+def _factor_grads_numba(
+    blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, offsets: Tensor, grad: Tensor
+) -> Tensor:
+    inverse = _filled(rows, inverse)
     out = torch.zeros(inverse.numel())
     source, pointers = _source(blocks, rows, inverse)
 
