@@ -9,8 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.columns import check_columns, column_of_value, run_columns
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.byte_hash_triton import to_bucket
+from recis_kernels.columns import (
+    block_table,
+    check_columns,
+    column_of_program,
+    column_of_value,
+    parameter_of_column,
+    run_columns,
+    values_of_program,
+)
+from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
+
+_PER_PROGRAM = 1024
 
 
 def id_mod(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int], *, impl: Impl = "auto") -> Tensor:
@@ -25,7 +36,20 @@ def id_mod(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int], *,
     for modulus in moduli:
         if not 1 <= modulus < 1 << 63:
             raise ValueError(f"a modulus must be in [1, 2**63); got {modulus}")
-    return choose(impl, ids, numba=_numba, torch=_torch, reference=_reference)(ids, column_offsets, moduli)
+    return (_op if torch.compiler.is_compiling() else _run)(ids, column_offsets, moduli, impl)
+
+
+def _run(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int], impl: str) -> Tensor:
+    version = choose(impl, ids, triton=_triton, numba=_numba, torch=_torch, reference=_reference)  # type: ignore[arg-type]
+    return version(ids, column_offsets, moduli)
+
+
+_op = torch.library.custom_op("recis::id_mod", _run, mutates_args=())
+
+
+@_op.register_fake
+def _(ids, column_offsets, moduli, impl):
+    return torch.empty_like(ids, memory_format=torch.contiguous_format)
 
 
 def _reference(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int]) -> Tensor:
@@ -66,3 +90,24 @@ def _mod(source, target, modulus, start, stop):
     else:
         for i in range(start, stop):
             target[i] = np.int64(np.uint64(source[i]) % divisor)
+
+
+def _triton(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int]) -> Tensor:
+    out = torch.empty_like(ids, memory_format=torch.contiguous_format)
+    table, programs = block_table(column_offsets, (moduli,), _PER_PROGRAM, ids.device)
+    launch(_id_mod_kernel, (programs,), ids.contiguous(), table, out, len(moduli), BLOCK=_PER_PROGRAM, num_warps=8)
+    return out
+
+
+@jit
+def _id_mod_kernel(ids_ptr, table_ptr, out_ptr, num_columns, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    column = column_of_program(table_ptr, program, num_columns)
+    place, mask = values_of_program(table_ptr, program, column, num_columns, BLOCK)
+    ids = tl.load(ids_ptr + place, mask=mask, other=0)
+    modulus = parameter_of_column(table_ptr, column, num_columns, 0)
+    if modulus & (modulus - 1) == 0:  # a power of two: no division, which takes a GPU about 70 instructions
+        rest = ids & (modulus - 1)
+    else:
+        rest = to_bucket(ids.to(tl.uint64), modulus)
+    tl.store(out_ptr + place, rest, mask=mask)

@@ -5,7 +5,7 @@ import torch
 
 from recis_kernels.id_mod import id_mod
 
-IMPLS = ["numba", "torch", "reference"]
+IMPLS = ["numba", "torch", "triton", "reference"]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -32,6 +32,29 @@ def test_columns_across_threads_and_empty_columns():
     assert torch.equal(id_mod(ids, columns, moduli, impl="numba"), want)
     assert torch.equal(ids, before)
     assert id_mod(ids[:0], (0,), []).tolist() == []
+
+
+def test_many_programs_per_column_and_empty_columns():
+    ids = torch.randint(-(2**62), 2**62, (6000, 2))[:, 1]
+    columns, moduli = (0, 0, 1, 2500, 2500, 2500, 4548, 6000, 6000), [3, 1000, 64, 7, 9, 2**62 + 1, 77, 5]
+    want = id_mod(ids, columns, moduli, impl="reference")
+    assert torch.equal(id_mod(ids, columns, moduli, impl="triton"), want)
+    assert id_mod(ids[:0], (0, 0), [3], impl="triton").tolist() == []
+    assert id_mod(ids[:0], (0,), [], impl="triton").tolist() == []
+
+
+def launches() -> None:
+    id_mod(torch.arange(5), (0, 2, 5), [7, 8], impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_node_of_torch_compile(impl):
+    ids = torch.tensor([-1, 7, -5])
+    torch.library.opcheck(torch.ops.recis.id_mod.default, (ids, [0, 2, 3], [10, 7], impl))
+    compiled = torch.compile(
+        lambda ids: id_mod(ids, (0, 2, 3), [10, 7], impl=impl), fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(ids).tolist() == [5, 7, 4]
 
 
 @pytest.mark.parametrize("modulus", [0, -3, 2**63])
