@@ -8,6 +8,7 @@
 
 bfloat16 rows round the float32 value to nearest even. So CPU and GPU agree bit for bit for Constant and Uniform, and to one
 float32 ulp for the normals. A row is written once, front to back: its bytes and about 1 ns per column (normals 15 ns).
+Row -1 is skipped, so the padded output of a sync-free lookup can be passed as it is.
 """
 
 import math
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels import row_init_triton
 from recis_kernels.address import float32_at, store_float32, store_int32, store_int64, uint16_at, uint32_at
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import admission_stream, id_words, words
 from recis_kernels.philox_vector import COLUMNS, store_words
-from recis_kernels.row_blocks import RowBlocks
+from recis_kernels.row_blocks import RowBlocks, layout_of_key
 from recis_kernels.threads import run_parts, split
 
 MAX_ATTEMPTS = 8
@@ -95,7 +97,7 @@ def init_rows(
 
     Args:
         blocks: the store; every row must lie below its capacity (trusted, as rows and tables are).
-        rows: int64 [N], distinct.
+        rows: int64 [N], distinct; -1 = write nothing for this id.
         ids: int64 [N].
         keys: int64 [T], `table_key` of each table.
         spec: the initializer, one per store.
@@ -113,11 +115,15 @@ def init_rows(
     names = [name for name, _ in blocks.layout.state]
     if len(state_values) not in (0, len(names)):
         raise ValueError(f"state_values needs one value for each of {names}; got {tuple(state_values)}")
-    widths = [width for _, width in blocks.layout.state]
-    values = list(state_values) or [0.0] * len(widths)
-    state = torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), torch.tensor(widths, dtype=torch.int64))
-    run = choose(impl, rows, numba=_numba_init, reference=_reference_init)
-    run(blocks, rows.contiguous(), ids, keys.contiguous(), tables, spec, state, step, clock_s)
+    values = list(state_values) or [0.0] * len(names)
+    if torch.compiler.is_compiling():
+        numbers = [spec.a, spec.b, spec.bound]
+        _init_rows_op(
+            blocks.blocks, rows, ids, keys, tables, blocks.layout_key, blocks.shift, int(spec.kind), numbers, values,
+            step, clock_s, impl,
+        )  # fmt: skip
+    else:
+        _init_rows(blocks, rows, ids, keys, tables, spec, values, step, clock_s, impl)
 
 
 def initial_values(
@@ -125,15 +131,62 @@ def initial_values(
 ) -> Tensor:
     """Return the float32 weights [N, dim] that fresh rows of ids [N] get; keys and tables as in `init_rows`."""
     ids, tables = _checked(ids, keys, tables)
-    run = choose(impl, ids, numba=_numba_values, torch=_torch_values, reference=_torch_values)
-    return run(ids, dim, keys.contiguous(), tables, spec)
+    return _initial_values_op(ids, dim, keys.contiguous(), tables, int(spec.kind), [spec.a, spec.b, spec.bound], impl)
 
 
-def admission_draws(ids: Tensor, keys: Tensor, step: int, *, tables: Tensor | None = None) -> Tensor:
+def admission_draws(
+    ids: Tensor, keys: Tensor, step: int, *, tables: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
     """Return one uniform number of [0, 1) per id for admission by probability in a step, float32 [N]; exact."""
     ids, tables = _checked(ids, keys, tables)
-    word = words(ids, 1, _key_of_id(ids, keys, tables), admission_stream(step))[:, 0]
-    return (word >> 8).to(torch.float32) * _UNIT
+    return _draws_op(ids, keys.contiguous(), tables, admission_stream(step), impl)
+
+
+def _init_rows(
+    blocks: RowBlocks, rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, spec: InitSpec,
+    state_values: Sequence[float], step: int, clock_s: int, impl: Impl,
+) -> None:  # fmt: skip
+    run = choose(impl, rows, triton=row_init_triton.init_rows, numba=_numba_init, reference=_reference_init)
+    run(blocks, rows.contiguous(), ids, keys.contiguous(), tables, spec, state_values, step, clock_s)
+
+
+@torch.library.custom_op("recis::init_rows", mutates_args=("blocks",))
+def _init_rows_op(
+    blocks: Sequence[Tensor], rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, layout_key: str, shift: int,
+    kind: int, numbers: Sequence[float], state_values: Sequence[float], step: int, clock_s: int, impl: str,
+) -> None:  # fmt: skip
+    store = RowBlocks.over(layout_of_key(layout_key), shift, blocks, rows.device)
+    spec = InitSpec(InitKind(kind), *numbers)
+    _init_rows(store, rows, ids, keys, tables, spec, state_values, step, clock_s, impl)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("recis::initial_values", mutates_args=())
+def _initial_values_op(
+    ids: Tensor, dim: int, keys: Tensor, tables: Tensor, kind: int, numbers: Sequence[float], impl: str
+) -> Tensor:
+    versions = {
+        "triton": row_init_triton.initial_values,
+        "numba": _numba_values,
+        "torch": _torch_values,
+        "reference": _torch_values,
+    }
+    return choose(impl, ids, **versions)(ids, dim, keys, tables, InitSpec(InitKind(kind), *numbers))  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("recis::admission_draws", mutates_args=())
+def _draws_op(ids: Tensor, keys: Tensor, tables: Tensor, stream: int, impl: str) -> Tensor:
+    versions = {"triton": row_init_triton.draws, "torch": _torch_draws, "reference": _torch_draws}
+    return choose(impl, ids, **versions)(ids, keys, tables, stream)  # type: ignore[arg-type]
+
+
+@_draws_op.register_fake
+def _(ids, keys, tables, stream, impl):
+    return ids.new_empty(ids.shape, dtype=torch.float32)
+
+
+@_initial_values_op.register_fake
+def _(ids, dim, keys, tables, kind, numbers, impl):
+    return ids.new_empty(ids.shape[0], dim, dtype=torch.float32)
 
 
 def _checked(ids: Tensor, keys: Tensor, tables: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -182,15 +235,20 @@ def _normals(ids: Tensor, dim: int, keys: Tensor, stream: int) -> Tensor:
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).view(ids.numel(), width)[:, :dim]
 
 
+def _torch_draws(ids: Tensor, keys: Tensor, tables: Tensor, stream: int) -> Tensor:
+    return (words(ids, 1, _key_of_id(ids, keys, tables), stream)[:, 0] >> 8).to(torch.float32) * _UNIT
+
+
 def _reference_init(
-    blocks: RowBlocks, rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, spec: InitSpec, state: Tensor,
-    step: int, clock_s: int,
+    blocks: RowBlocks, rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, spec: InitSpec,
+    state_values: Sequence[float], step: int, clock_s: int,
 ) -> None:  # fmt: skip
-    layout = blocks.layout
-    fields = {"weight": _torch_values(ids, layout.dim, keys, tables, spec).to(layout.dtype)}
-    parts = state.split([width for _, width in layout.state])
-    for (name, _), values in zip(layout.state, parts, strict=True):
-        fields[f"state.{name}"] = values.expand(rows.numel(), -1)
+    layout, taken = blocks.layout, rows >= 0
+    of_id = tables.expand(ids.shape)[taken]
+    rows, ids = rows[taken], ids[taken]
+    fields = {"weight": _torch_values(ids, layout.dim, keys, of_id, spec).to(layout.dtype)}
+    for (name, width), value in zip(layout.state, state_values, strict=True):
+        fields[f"state.{name}"] = torch.full((rows.numel(), width), value, dtype=torch.float32, device=rows.device)
     fields["id"] = ids
     fields["last_seen"] = torch.full_like(rows, step, dtype=torch.int32)
     fields["count"] = torch.zeros_like(rows, dtype=torch.int32)
@@ -211,10 +269,12 @@ def _numba_values(ids: Tensor, dim: int, keys: Tensor, tables: Tensor, spec: Ini
 
 
 def _numba_init(
-    blocks: RowBlocks, rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, spec: InitSpec, state: Tensor,
-    step: int, clock_s: int,
+    blocks: RowBlocks, rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, spec: InitSpec,
+    state_values: Sequence[float], step: int, clock_s: int,
 ) -> None:  # fmt: skip
     layout = blocks.layout
+    widths = torch.tensor([width for _, width in layout.state], dtype=torch.int64)
+    state = torch.repeat_interleave(torch.tensor(state_values, dtype=torch.float32), widths)
     args = (
         blocks.pointers.numpy(), blocks.shift, layout.row_bytes, layout.dim, layout.dtype == torch.bfloat16,
         layout.state_start, layout.id_offset, layout.clock_offset,
@@ -242,6 +302,8 @@ def _init_loop(
     values_at = np.int64(scratch.ctypes.data)
     drawn_at = values_at + 4 * scratch.shape[1]
     for n in range(start, stop):
+        if rows[n] < 0:
+            continue
         base = pointers[rows[n] >> shift] + (rows[n] & mask) * row_bytes
         key = keys[tables[n * stride]]
         if is_bf16:

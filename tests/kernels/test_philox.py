@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recis_kernels import philox
+from recis_kernels import philox, philox_triton
+from recis_kernels.dispatch import jit, launch, tl
 from recis_kernels.philox_vector import COLUMNS, store_words
 
 EDGE_IDS = torch.tensor([0, 1, -1, 42, 2**63 - 1, -(2**63), 2**32, -(2**32) - 5])
@@ -61,6 +62,49 @@ def test_loops_draw_the_same_words(stream):
 @philox.njit
 def _store(key, row_id, stream, out):
     store_words(key, row_id, 0, stream, np.int64(out.ctypes.data))
+
+
+@jit
+def _words_kernel(ids_ptr, keys_ptr, hashes_ptr, words_ptr, bits_ptr, num_ids, stream, BLOCK: tl.constexpr):
+    """Write hash64, eight words and the bf16 bits of the id's low half as a float of each id."""
+    place = tl.arange(0, BLOCK)
+    mask = place < num_ids
+    ids = tl.load(ids_ptr + place, mask=mask, other=0)
+    tl.store(hashes_ptr + place, philox_triton.hash64(ids).to(tl.int64, bitcast=True), mask=mask)
+    tl.store(bits_ptr + place, philox_triton.bf16_bits(ids.to(tl.int32).to(tl.float32, bitcast=True)), mask=mask)
+    keys = tl.load(keys_ptr + place, mask=mask, other=0)
+    quads = tl.arange(0, 2)
+    drawn = philox_triton.id_words(keys[:, None], ids[:, None], quads[None, :], stream)
+    for word in tl.static_range(4):
+        at = words_ptr + place[:, None] * 8 + 4 * quads[None, :] + word
+        tl.store(at, drawn[word].to(tl.int64), mask=mask[:, None])
+
+
+def _kernel_words(ids: torch.Tensor, keys: torch.Tensor, stream: int) -> tuple[torch.Tensor, ...]:
+    hashes, drawn = torch.empty_like(ids), torch.empty(ids.numel(), 8, dtype=torch.int64)
+    bits = torch.empty(ids.shape, dtype=torch.uint16)
+    launch(_words_kernel, (1,), ids, keys, hashes, drawn, bits, ids.numel(), stream, BLOCK=16)
+    return hashes, drawn, bits
+
+
+def launches() -> None:
+    """Launch the functions that kernels call, for compile_kernels.py."""
+    _kernel_words(EDGE_IDS, EDGE_IDS, 3)
+    _kernel_words(EDGE_IDS, EDGE_IDS, 2**31 + 3)
+
+
+@pytest.mark.parametrize("stream", [0, 3, 2**30 + 17, 2**31, 2**32 - 1])
+def test_kernels_hash_and_draw_the_same(stream):
+    keys = torch.tensor([philox.table_key(seed, "t") for seed in range(EDGE_IDS.numel())])
+    hashes, drawn, _ = _kernel_words(EDGE_IDS, keys, stream)
+    assert hashes.equal(philox.hash64(EDGE_IDS))
+    assert drawn.equal(philox.words(EDGE_IDS, 8, keys, stream))
+
+
+def test_kernels_round_to_bf16_like_torch():
+    floats = torch.tensor([1.0, 1.00390625, 1.01171875, -1.0039062, 3.3895e38, torch.inf, -torch.inf, 1e-40, -0.0])
+    bits = _kernel_words(floats.view(torch.int32).long(), floats.view(torch.int32).long(), 0)[2]
+    assert bits.view(torch.bfloat16).equal(floats.to(torch.bfloat16))
 
 
 def test_keys_per_id_and_columns_past_the_first_vector():
