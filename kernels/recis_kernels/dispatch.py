@@ -7,9 +7,14 @@ Numba loops are compiled with `njit` of this module: it releases the GIL, caches
 results must be equal bit for bit on every machine.
 """
 
+import hashlib
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numba
@@ -87,9 +92,47 @@ def _is_small(tensor: torch.Tensor) -> bool:
     return least > 0 and tensor.numel() < least
 
 
-def njit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a CPU loop: no GIL, cached on disk, IEEE arithmetic, C division; no bounds checks."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False)(function)
+def njit(function: Callable[..., Any]) -> Any:
+    """Compile a CPU loop: no GIL, cached on disk, IEEE arithmetic, C division; no bounds checks.
+
+    Numba takes a cached loop for good while the loop's own file is unchanged, but machine code of functions it calls is part
+    of it. Here the loop is compiled again when any of our files that its file imports, at any depth, has changed.
+    """
+    loop = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False)(function)
+    cached: Any = getattr(getattr(loop, "_cache", None), "_cache_file", None)
+    if cached is not None and hasattr(cached, "_source_stamp"):  # numba may be told to compile nothing or cache nothing
+        cached._source_stamp = (cached._source_stamp, source_digest(Path(function.__code__.co_filename)))
+    return loop
+
+
+_OURS = re.compile(r"^\s*(?:from|import)\s+(recis(?:_kernels)?(?:\.\w+)*)(?:\s+import\s+\(?([^)\n]*))?", re.MULTILINE)
+
+
+def source_digest(path: Path) -> str:
+    """Return a digest of a source file and of all files of ours that it imports, directly or through others."""
+    seen: dict[Path, bytes] = {}
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        imports, seen[file] = _imports(file)
+        waiting.extend(imports)
+    return hashlib.sha256(b"".join(seen[file] for file in sorted(seen))).hexdigest()
+
+
+@cache
+def _imports(path: Path) -> tuple[tuple[Path, ...], bytes]:
+    """Return the files of ours that a file imports, and the digest of its content."""
+    content = path.read_bytes()
+    found: list[Path] = []
+    for module, names in _OURS.findall(content.decode()):
+        first, *rest = module.split(".")
+        for root in getattr(sys.modules.get(first), "__path__", ()):
+            here = Path(root).joinpath(*rest)
+            taken = [here / f"{name.split()[0]}.py" for name in names.split(",") if name.split()]
+            found += [file for file in (here.with_suffix(".py"), here / "__init__.py", *taken) if file.is_file()]
+    return tuple(found), hashlib.sha256(content).digest()
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -206,6 +206,15 @@ def _list_loop(features, low, high, cursor, sources, factors):
 
 
 @njit
+def fetch_sources(start, stop, sources, dim):
+    """Ask for the gradient rows of contributions start .. stop - 1; sources is an address."""
+    for c in range(start, stop):
+        ahead = load_int64(sources + 8 * c)
+        for line in range(0, 4 * dim, 64):
+            prefetch(ahead + line)
+
+
+@njit
 def fold_row(first, last, end, sources, factors, total, dim):
     """Put the left fold of contributions first .. last - 1 into floats `total` [dim]; all but counts are addresses.
 
@@ -214,10 +223,7 @@ def fold_row(first, last, end, sources, factors, total, dim):
     start = first
     while start < last:
         stop = min(start + SOURCES_AHEAD, last)
-        for c in range(start + SOURCES_AHEAD, min(stop + SOURCES_AHEAD, end)):
-            ahead = load_int64(sources + 8 * c)
-            for line in range(0, 4 * dim, 64):
-                prefetch(ahead + line)
+        fetch_sources(start + SOURCES_AHEAD, min(stop + SOURCES_AHEAD, end), sources, dim)
         own_factors = factors + 4 * start if factors != 0 else 0
         fold_rows(sources + 8 * start, own_factors, stop - start, total, dim, start > first)
         start = stop

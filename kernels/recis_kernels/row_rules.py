@@ -104,6 +104,11 @@ def fold_scalars(rule: UpdateRule, scalars: Tensor) -> Tensor:
     return torch.stack((coupled, shrink, beta1, beta2, eps, step, root, lr, corrected), dim=1).contiguous()
 
 
+def has_coupled_decay(rule: UpdateRule, folded: Tensor) -> bool:
+    """Return whether the rule adds weight decay to a gradient, given fold_scalars of its tables."""
+    return rule.code != _FTRL and bool(folded.numpy()[:, 0 if rule.code == _ADAM else 1].any())
+
+
 def reference_update(
     rule: UpdateRule, weight: Tensor, state: dict[str, Tensor], grad: Tensor, scalars: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -148,80 +153,86 @@ def _reference_ftrl(
 
 # ---- for numba loops: everything of one row is given by address
 
-# g is padded with zeros to a multiple of 16 floats and may be changed; k = the table's line of fold_scalars.
+# g is padded with zeros to a multiple of 16 floats; coupled decay changes it; k = the table's line of fold_scalars.
 
 
 @njit
-def update_row(code, dim, weight, first_state, second_state, row_steps, g, k):
+def update_row(code, dim, weight, first_state, second_state, row_steps, g, square, k):
     """Apply the equation `code` to one row, in place.
 
-    Addresses of states the rule does not have are not read; row_steps 0: the table's t holds.
+    Addresses of states the rule does not have are not read; row_steps 0: the table's t holds; square = square_sum of g.
     """
-    w, grad = float32_at(weight, dim), float32_at(g, dim)
     if code == _ADAM:
-        _adam_row(w, float32_at(first_state, dim), float32_at(second_state, dim), row_steps, grad, k)
+        _adam_row(dim, weight, first_state, second_state, row_steps, g, k)
     elif code == _ROW_WISE:
-        _row_wise_row(w, first_state, grad, g, k)
+        _row_wise_row(dim, weight, first_state, g, square, k)
     elif code == _ADAGRAD:
-        _adagrad_row(w, float32_at(first_state, dim), grad, k)
+        _adagrad_row(dim, weight, first_state, g, k)
     elif code == _SGD:
-        _sgd_row(w, grad, k)
+        _sgd_row(dim, weight, g, k)
     elif code == _SGD_MOMENTUM:
-        _momentum_row(w, float32_at(first_state, dim), grad, k)
+        _momentum_row(dim, weight, first_state, g, k)
     else:
-        _ftrl_row(w, float32_at(first_state, dim), float32_at(second_state, dim), grad, k)
+        _ftrl_row(dim, weight, first_state, second_state, g, k)
 
 
 @njit
-def _sgd_row(w, g, k):
-    _add_decay(g, w, load_float64(k + 8))
+def _sgd_row(dim, w_at, g_at, k):
+    _add_decay(dim, g_at, w_at, load_float64(k + 8))
+    w, g = float32_at(w_at, dim), float32_at(g_at, dim)
     lr = np.float32(load_float64(k))
-    for i in range(w.size):
+    for i in range(dim):
         w[i] -= lr * g[i]
 
 
 @njit
-def _add_decay(g, w, weight_decay):
+def _add_decay(dim, g_at, w_at, weight_decay):
     if weight_decay != 0.0:
+        w, g = float32_at(w_at, dim), float32_at(g_at, dim)
         decay = np.float32(weight_decay)
-        for i in range(w.size):
+        for i in range(dim):
             g[i] += decay * w[i]
 
 
 @njit
-def _momentum_row(w, m, g, k):
-    _add_decay(g, w, load_float64(k + 8))
+def _momentum_row(dim, w_at, m_at, g_at, k):
+    _add_decay(dim, g_at, w_at, load_float64(k + 8))
+    w, m, g = float32_at(w_at, dim), float32_at(m_at, dim), float32_at(g_at, dim)
     lr, momentum = np.float32(load_float64(k)), np.float32(load_float64(k + 16))
-    for i in range(w.size):
+    for i in range(dim):
         moved = momentum * m[i] + g[i]
         m[i] = moved
         w[i] -= lr * moved
 
 
 @njit
-def _adagrad_row(w, h, g, k):
-    _add_decay(g, w, load_float64(k + 8))
+def _adagrad_row(dim, w_at, h_at, g_at, k):
+    _add_decay(dim, g_at, w_at, load_float64(k + 8))
+    w, h, g = float32_at(w_at, dim), float32_at(h_at, dim), float32_at(g_at, dim)
     lr, eps = np.float32(load_float64(k)), np.float32(load_float64(k + 16))
-    for i in range(w.size):
+    for i in range(dim):
         grown = h[i] + g[i] * g[i]
         h[i] = grown
         w[i] -= lr * g[i] / (np.sqrt(grown) + eps)
 
 
 @njit
-def _row_wise_row(w, h_address, g, g_address, k):
-    _add_decay(g, w, load_float64(k + 8))
-    padded = (w.size + NUM_LANES - 1) // NUM_LANES * NUM_LANES
-    grown = load_float32(h_address) + square_sum(g_address, padded) / np.float32(w.size)
-    store_float32(h_address, grown)
+def _row_wise_row(dim, w_at, h_at, g_at, square, k):
+    if load_float64(k + 8) != 0.0:
+        _add_decay(dim, g_at, w_at, load_float64(k + 8))
+        square = square_sum(g_at, (dim + NUM_LANES - 1) // NUM_LANES * NUM_LANES)
+    grown = load_float32(h_at) + square / np.float32(dim)
+    store_float32(h_at, grown)
+    w, g = float32_at(w_at, dim), float32_at(g_at, dim)
     step = np.float32(load_float64(k)) / (square_root(grown) + np.float32(load_float64(k + 16)))
-    for i in range(w.size):
+    for i in range(dim):
         w[i] -= step * g[i]
 
 
 @njit
-def _adam_row(w, m, v, row_steps, g, k):
-    _add_decay(g, w, load_float64(k))
+def _adam_row(dim, w_at, m_at, v_at, row_steps, g_at, k):
+    _add_decay(dim, g_at, w_at, load_float64(k))
+    w, m, v, g = float32_at(w_at, dim), float32_at(m_at, dim), float32_at(v_at, dim), float32_at(g_at, dim)
     beta1, beta2 = np.float32(load_float64(k + 16)), np.float32(load_float64(k + 24))
     rest1, rest2 = np.float32(1.0 - load_float64(k + 16)), np.float32(1.0 - load_float64(k + 24))
     shrink, eps = np.float32(load_float64(k + 8)), np.float32(load_float64(k + 32))
@@ -235,7 +246,7 @@ def _adam_row(w, m, v, row_steps, g, k):
             step, root = np.float32(load_float64(k + 56) / first), np.float32(1.0 / second)
         else:
             step, root = np.float32(load_float64(k + 56) * second / first), np.float32(1.0)
-    for i in range(w.size):
+    for i in range(dim):
         mean = beta1 * m[i] + rest1 * g[i]
         square = beta2 * v[i] + rest2 * (g[i] * g[i])
         m[i] = mean
@@ -244,11 +255,12 @@ def _adam_row(w, m, v, row_steps, g, k):
 
 
 @njit
-def _ftrl_row(w, n, z, g, k):
+def _ftrl_row(dim, w_at, n_at, z_at, g_at, k):
+    w, n, z, g = float32_at(w_at, dim), float32_at(n_at, dim), float32_at(z_at, dim), float32_at(g_at, dim)
     lr, beta = np.float32(load_float64(k)), np.float32(load_float64(k + 8))
     l1, l2 = np.float32(load_float64(k + 16)), np.float32(load_float64(k + 24))
     zero = np.float32(0.0)
-    for i in range(w.size):
+    for i in range(dim):
         square = g[i] * g[i]
         grown = n[i] + square
         root = np.sqrt(grown)

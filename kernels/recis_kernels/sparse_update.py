@@ -17,8 +17,8 @@ from torch import Tensor
 
 from recis_kernels.address import load_int32, load_int64, store_int32
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
-from recis_kernels.grad_lists import fold_row, list_grads
-from recis_kernels.lanes import lane_scratch, scale_is_finite
+from recis_kernels.grad_lists import SOURCES_AHEAD, fetch_sources, fold_row, list_grads
+from recis_kernels.lanes import NUM_LANES, lane_scratch, scale_is_finite, square_sum
 from recis_kernels.philox import rounding_stream
 from recis_kernels.prefetch import prefetch
 from recis_kernels.row_blocks import RowBlocks
@@ -30,7 +30,15 @@ from recis_kernels.row_grads import (
     reduce_lookups,
 )
 from recis_kernels.row_rounding import round_row, round_stochastic, widen_row
-from recis_kernels.row_rules import NUM_FOLDED, ROW_STEPS, UpdateRule, fold_scalars, reference_update, update_row
+from recis_kernels.row_rules import (
+    NUM_FOLDED,
+    ROW_STEPS,
+    UpdateRule,
+    fold_scalars,
+    has_coupled_decay,
+    reference_update,
+    update_row,
+)
 from recis_kernels.threads import run_parts
 
 __all__ = [
@@ -45,7 +53,7 @@ __all__ = [
 
 # Rows fetched at once, one such group ahead of the update. A fetch waits for its address translation, and an update is
 # longer than what a core looks ahead: asking row by row would wait for one translation after the other.
-ROWS_AHEAD = 16
+GROUP = 8
 MIN_WORK_PER_THREAD = 1024  # contributions, with a row counted as four
 
 
@@ -185,12 +193,15 @@ def _numba(
     bad = np.empty(num_rows, dtype=np.int64)  # mapped lazily: costs nothing while no row is bad
     pointers, scale = blocks.pointers.numpy(), np.float32(lookup.scale)
     seen_step = step if record_seen else -1
+    # a rule with coupled decay changes the gradient, and loops over sixteen floats read past a row of another width
+    is_direct = not lists.factors.size and scale == 1 and blocks.layout.dim % NUM_LANES == 0
+    is_direct = is_direct and not has_coupled_decay(rule, folded)
 
     def loop(start: int, stop: int) -> int:
         return _update_loop(
-            (rule.code, seen_step, rounding_stream(step), start, stop),
+            (rule.code, seen_step, rounding_stream(step), is_direct, start, stop),
             place,
-            (pointers, rows, counts, table_keys, bad, lane_scratch(blocks.layout.dim, 2)),
+            (pointers, rows, counts, table_keys, bad, *_scratch(blocks.layout.dim)),
             tables,
             (lists.starts, *lists.addresses),
             folded.data_ptr(),
@@ -201,6 +212,11 @@ def _numba(
     found = run_parts(loop, parts)
     indices = [bad[start : start + int(count)] for (start, _), count in zip(parts, found, strict=True)]  # type: ignore[call-overload]
     return torch.from_numpy(np.concatenate(indices))
+
+
+def _scratch(dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return memory for one loop: a widened row and GROUP gradients; addresses of the gradients; their square sums."""
+    return lane_scratch(dim, 1 + GROUP), np.empty(GROUP, np.int64), np.empty(GROUP, np.float32)
 
 
 def _place(blocks: RowBlocks, rule: UpdateRule) -> tuple[int, ...]:
@@ -239,42 +255,69 @@ def _fetch_rows(pointers, rows, shift, row_bytes, start, stop):
 
 @njit
 def _update_loop(job, place, memory, tables, lists, scalars, scale):
-    code, seen_step, stream, start, stop = job
+    """Update rows start .. stop - 1; returns how many gradients are not finite, whose rows `bad` takes from `start` on.
+
+    Rows go in groups of GROUP: first all their gradients and square sums, then all their updates, so that the processor
+    works at several long chains of additions, roots and divisions at once.
+    """
+    code, seen_step, stream, is_direct, start, stop = job
     shift, row_bytes, dim, is_bf16, first_at, second_at, steps_at, id_at, seen_at, count_at = place
-    pointers, rows, counts, keys, bad, scratch = memory
+    pointers, rows, counts, keys, bad, scratch, ready, squares = memory
     starts, sources, factors = lists
     end = starts[starts.size - 1]
     mask = (1 << shift) - 1
     num_bad = 0
     padded = scratch.shape[1]
-    g_at = scratch.ctypes.data
-    wide_at = g_at + 4 * padded
-    _fetch_rows(pointers, rows, shift, row_bytes, start, min(start + ROWS_AHEAD, stop))
-    for u in range(start, stop):
-        if (u - start) % ROWS_AHEAD == 0:
-            _fetch_rows(pointers, rows, shift, row_bytes, u + ROWS_AHEAD, min(u + 2 * ROWS_AHEAD, stop))
-        row = rows[u]
-        if row < 0:
-            continue
-        address = pointers[row >> shift] + (row & mask) * row_bytes
-        if seen_step >= 0:
-            store_int32(address + seen_at, np.int32(seen_step))
-            count = np.int64(load_int32(address + count_at)) + counts[u]
-            store_int32(address + count_at, np.int32(min(count, 2147483647)))
-        if starts[u] == starts[u + 1]:
-            continue
-        fold_row(starts[u], starts[u + 1], end, sources, factors, g_at, dim)
-        if not scale_is_finite(g_at, padded, scale):
-            bad[start + num_bad] = u
-            num_bad += 1
-            continue
-        k = scalars + 8 * NUM_FOLDED * tables[u]
-        steps = address + steps_at if steps_at >= 0 else 0
-        weight = address
-        if is_bf16 != 0:
-            weight = wide_at
-            widen_row(address, wide_at, dim)
-        update_row(code, dim, weight, address + first_at, address + second_at, steps, g_at, k)
-        if is_bf16 != 0:
-            round_row(wide_at, address, dim, keys[tables[u]], load_int64(address + id_at), stream)
+    wide_at = scratch.ctypes.data
+    _fetch_rows(pointers, rows, shift, row_bytes, start, min(start + GROUP, stop))
+    for first in range(start, stop, GROUP):
+        last = min(first + GROUP, stop)
+        _fetch_rows(pointers, rows, shift, row_bytes, last, min(last + GROUP, stop))
+        for u in range(first, last):
+            row = rows[u]
+            ready[u - first] = 0
+            if row < 0:
+                continue
+            if seen_step >= 0:
+                address = pointers[row >> shift] + (row & mask) * row_bytes
+                store_int32(address + seen_at, np.int32(seen_step))
+                count = np.int64(load_int32(address + count_at)) + counts[u]
+                store_int32(address + count_at, np.int32(min(count, 2147483647)))
+            low, high = starts[u], starts[u + 1]
+            if low == high:
+                continue
+            own_at = wide_at + 4 * padded * (1 + u - first)
+            g_at = own_at
+            if is_direct and high - low == 1:  # the one contribution is the sum: read it where it lies
+                g_at = load_int64(sources + 8 * low)
+                fetch_sources(low + SOURCES_AHEAD, min(high + SOURCES_AHEAD, end), sources, dim)
+            else:
+                fold_row(low, high, end, sources, factors, g_at, dim)
+                if scale != np.float32(1.0):
+                    scale_is_finite(g_at, padded, scale)
+            square = square_sum(g_at, padded)
+            if not square < np.inf:  # something is not finite, or a square is too large for a float
+                if g_at != own_at:
+                    fold_row(low, high, end, sources, factors, own_at, dim)
+                if not scale_is_finite(own_at, padded, np.float32(1.0)):
+                    bad[start + num_bad] = u
+                    num_bad += 1
+                    continue
+            ready[u - first] = g_at
+            squares[u - first] = square
+        for u in range(first, last):
+            g_at = ready[u - first]
+            if g_at == 0:
+                continue
+            row = rows[u]
+            address = pointers[row >> shift] + (row & mask) * row_bytes
+            k = scalars + 8 * NUM_FOLDED * tables[u]
+            steps = address + steps_at if steps_at >= 0 else 0
+            weight = address
+            if is_bf16 != 0:
+                weight = wide_at
+                widen_row(address, wide_at, dim)
+            update_row(code, dim, weight, address + first_at, address + second_at, steps, g_at, squares[u - first], k)
+            if is_bf16 != 0:
+                round_row(wide_at, address, dim, keys[tables[u]], load_int64(address + id_at), stream)
     return num_bad
