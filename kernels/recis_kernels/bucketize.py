@@ -9,20 +9,32 @@ boundaries.
 
 The CPU loop finds the place of a value in an even grid over the boundaries and searches only those of that grid cell:
 about 3 ns a value, where a binary search over 100 boundaries mispredicts its branches for 30. The cell is a
-non-decreasing function of the value, rounding included, so the boundaries of lower cells are all below it.
+non-decreasing function of the value, rounding included, so the boundaries of lower cells are all below it. The Triton
+version halves all boundaries of the column, which stay in a GPU's nearest cache. Cost: one read and one write per value.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.columns import check_columns, run_columns
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.columns import (
+    block_table,
+    check_columns,
+    column_of_program,
+    parameter_of_column,
+    run_columns,
+    to_device,
+    values_of_program,
+)
+from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
+
+_PER_PROGRAM = 1024
 
 _CELLS_PER_BOUNDARY = 16  # most cells then hold no boundary or one
 _MIN_CELLS, _MAX_CELLS = 64, 1 << 16  # the largest table still fits the second-level cache
@@ -33,8 +45,8 @@ _INT64_LIMITS = (-(2**63), 2**63 - 1)
 class _Grid:
     """Boundaries of one dtype; cells[c] = how many lie in grid cells below c."""
 
-    numbers: np.ndarray
-    cells: np.ndarray
+    numbers: Tensor
+    cells: Tensor
     low: float
     scale: float
 
@@ -80,34 +92,71 @@ def bucketize(
         raise ValueError(f"values must be [L] float32, float64 or int64; got {tuple(values.shape)} {values.dtype}")
     check_columns(values.shape[0], column_offsets, len(boundaries))
     grids = [one.grids[values.dtype] for one in boundaries]
-    return choose(impl, values, numba=_numba, torch=_torch, reference=_reference)(values, column_offsets, grids)
+    numbers, cells = [grid.numbers for grid in grids], [grid.cells for grid in grids]
+    lows, scales = [grid.low for grid in grids], [grid.scale for grid in grids]
+    run = _op if torch.compiler.is_compiling() else _run
+    return run(values, column_offsets, numbers, cells, lows, scales, impl)
 
 
-def _reference(values: Tensor, column_offsets: Sequence[int], grids: Sequence[_Grid]) -> Tensor:
+def _run(
+    values: Tensor,
+    column_offsets: Sequence[int],
+    numbers: Sequence[Tensor],
+    cells: Sequence[Tensor],
+    lows: Sequence[float],
+    scales: Sequence[float],
+    impl: str,
+) -> Tensor:
+    """Return the buckets; per column the fields of its _Grid."""
+    numba = partial(_numba, cells=cells, lows=lows, scales=scales)
+    version = choose(impl, values, triton=_triton, numba=numba, torch=_torch, reference=_reference)  # type: ignore[arg-type]
+    return version(values, column_offsets, numbers)
+
+
+_op = torch.library.custom_op("recis::bucketize", _run, mutates_args=())
+
+
+@_op.register_fake
+def _(values, column_offsets, numbers, cells, lows, scales, impl):
+    return values.new_empty(values.shape, dtype=torch.int64)
+
+
+def _reference(values: Tensor, column_offsets: Sequence[int], numbers: Sequence[Tensor]) -> Tensor:
     out = []
-    for column, grid in enumerate(grids):
+    for column, known in enumerate(numbers):
         part = values[column_offsets[column] : column_offsets[column + 1]].tolist()
-        out += [sum(math.isnan(value) or number <= value for number in grid.numbers.tolist()) for value in part]
+        out += [sum(math.isnan(value) or number <= value for number in known.tolist()) for value in part]
     return torch.tensor(out, dtype=torch.int64, device=values.device)
 
 
-def _torch(values: Tensor, column_offsets: Sequence[int], grids: Sequence[_Grid]) -> Tensor:
+def _torch(values: Tensor, column_offsets: Sequence[int], numbers: Sequence[Tensor]) -> Tensor:
     out = torch.empty(values.shape[0], dtype=torch.int64, device=values.device)
-    for column, grid in enumerate(grids):
+    for column, known in enumerate(numbers):
         part = slice(column_offsets[column], column_offsets[column + 1])
-        out[part] = torch.bucketize(values[part], torch.from_numpy(grid.numbers).to(values.device), right=True)
+        out[part] = torch.bucketize(values[part].contiguous(), known.to(values.device), right=True)
     return out
 
 
-def _numba(values: Tensor, column_offsets: Sequence[int], grids: Sequence[_Grid]) -> Tensor:
+def _numba(values, column_offsets, numbers, cells, lows, scales) -> Tensor:
     out = torch.empty(values.shape[0], dtype=torch.int64)
     source, target = values.contiguous().numpy(), out.numpy()
 
     def loop(column: int, start: int, stop: int) -> None:
-        grid = grids[column]
-        _count(source, target, grid.numbers, grid.cells, grid.low, grid.scale, start, stop)
+        known, table = numbers[column].numpy(), cells[column].numpy()
+        _count(source, target, known, table, lows[column], scales[column], start, stop)
 
     run_columns(loop, values.shape[0], column_offsets, min_items=32768)
+    return out
+
+
+def _triton(values: Tensor, column_offsets: Sequence[int], numbers: Sequence[Tensor]) -> Tensor:
+    out = values.new_empty(values.shape, dtype=torch.int64)
+    counts = [known.numel() for known in numbers]
+    known = to_device(torch.cat([values.new_empty(0, device="cpu"), *numbers]), values.device)
+    firsts = list(accumulate(counts, initial=0))[:-1]
+    table, programs = block_table(column_offsets, (firsts, counts), _PER_PROGRAM, values.device)
+    arguments = values.contiguous(), known, table, out, len(counts)
+    launch(_bucketize_kernel, (programs,), *arguments, BLOCK=_PER_PROGRAM, num_warps=8)
     return out
 
 
@@ -127,7 +176,7 @@ def _grid(numbers: np.ndarray) -> _Grid:
         scale = num_cells / span if span > 0 and math.isfinite(span) else 0.0  # 0: all boundaries in cell 0
     cell_of_boundary = np.array([_cell(number, low, scale, num_cells) for number in numbers], dtype=np.int64)
     cells = np.searchsorted(cell_of_boundary, np.arange(num_cells + 2), side="left").astype(np.int32)
-    return _Grid(numbers, cells, low, scale)
+    return _Grid(torch.from_numpy(numbers), torch.from_numpy(cells), low, scale)
 
 
 @njit
@@ -154,3 +203,24 @@ def _count(source, target, numbers, cells, low, scale, start, stop):
         while below < end and not value < numbers[below]:
             below += 1
         target[i] = below if value == value else numbers.size
+
+
+@jit
+def _bucketize_kernel(values_ptr, numbers_ptr, table_ptr, out_ptr, num_columns, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    column = column_of_program(table_ptr, program, num_columns)
+    place, mask = values_of_program(table_ptr, program, column, num_columns, BLOCK)
+    value = tl.load(values_ptr + place, mask=mask, other=0)
+    numbers_ptr += parameter_of_column(table_ptr, column, num_columns, 0)
+    low = tl.zeros([BLOCK], dtype=tl.int64)
+    high = low + parameter_of_column(table_ptr, column, num_columns, 1)
+    open_size = parameter_of_column(table_ptr, column, num_columns, 1)
+    while open_size > 0:  # every lane has at most open_size candidates left
+        middle = (low + high) >> 1
+        searching = mask & (low < high)
+        number = tl.load(numbers_ptr + middle, mask=searching, other=0)
+        above = searching & ((value >= number) | (value != value))  # NaN is above all
+        high = tl.where(searching & ~above, middle, high)
+        low = tl.where(above, middle + 1, low)
+        open_size = open_size >> 1
+    tl.store(out_ptr + place, low, mask=mask)

@@ -7,7 +7,7 @@ import torch
 
 from recis_kernels.bucketize import Boundaries, bucketize
 
-IMPLS = ["numba", "torch", "reference"]
+IMPLS = ["numba", "torch", "triton", "reference"]
 CASES = {
     "none": [],
     "one": [0.5],
@@ -29,7 +29,7 @@ def test_conformance_values(impl):  # A11, A12
     assert special.tolist() == [3, 3, 0]
 
 
-@pytest.mark.parametrize("impl", ["numba", "torch"])
+@pytest.mark.parametrize("impl", ["numba", "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(impl, dtype, name):
@@ -48,16 +48,47 @@ def test_a_value_written_like_the_boundary_is_on_it():
     assert bucketize(torch.tensor([0.7, 0.1]), (0, 2), [Boundaries([0.1, 0.7])]).tolist() == [2, 1]
 
 
-def test_integers_decide_exactly():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_integers_decide_exactly(impl):
     big = 2**60
     values = torch.tensor([big - 1, big, big + 1, -(2**63), 2**63 - 1])
-    assert bucketize(values, (0, 5), [Boundaries([0.5, float(big), 1e300])]).tolist() == [1, 2, 2, 0, 2]
+    assert bucketize(values, (0, 5), [Boundaries([0.5, float(big), 1e300])], impl=impl).tolist() == [1, 2, 2, 0, 2]
 
 
 def test_threads_and_columns_agree():
     values, boundaries = torch.randn(200_000), [Boundaries([-0.5, 0.5]), Boundaries(CASES["even"])]
     got = bucketize(values, (0, 131_073, 200_000), boundaries)
     assert torch.equal(got, bucketize(values, (0, 131_073, 200_000), boundaries, impl="torch"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_apart_and_no_values(impl):
+    values = torch.randn(3000, 2)[:, 1]
+    columns, boundaries = (0, 10, 10, 3000), [Boundaries([0.0]), Boundaries([]), Boundaries(CASES["even"])]
+    got = bucketize(values, columns, boundaries, impl=impl)
+    assert torch.equal(got, bucketize(values.contiguous(), columns, boundaries, impl="reference"))
+    assert bucketize(values[:0], (0, 0), [Boundaries([1.0])], impl=impl).tolist() == []
+    assert bucketize(values[:0], (0,), [], impl=impl).tolist() == []
+
+
+def launches() -> None:
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        values = torch.zeros(3, dtype=dtype)
+        bucketize(values, (0, 1, 3), [Boundaries([]), Boundaries([1.0])], impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_node_of_torch_compile(impl):
+    boundaries = [Boundaries([0.0, 1.0]), Boundaries([0.5])]
+    values = torch.tensor([0.5, -1.0, 1.0])
+    grids = [one.grids[torch.float32] for one in boundaries]
+    numbers, cells = [grid.numbers for grid in grids], [grid.cells for grid in grids]
+    lows, scales = [grid.low for grid in grids], [grid.scale for grid in grids]
+    torch.library.opcheck(torch.ops.recis.bucketize.default, (values, [0, 2, 3], numbers, cells, lows, scales, impl))
+    compiled = torch.compile(
+        lambda values: bucketize(values, (0, 2, 3), boundaries, impl=impl), fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(values).tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("numbers", [[1.0, 0.0], [math.nan], [0.0, math.inf]], ids=str)
