@@ -4,24 +4,34 @@
     mean  f_p = w_p / S,  S = sum of the bag's w;  0 where S = 0
           d loss / d w_q = (a_q - sum over the bag of f_p a_p) / S,  a = d loss / d f
 
-No weights: all w = 1. Sums are in float64 in ascending position. Cost: two passes over the positions.
+No weights: all w = 1. Sums are in float64 in ascending position, so the numba and Triton versions give equal bits. Cost: two
+passes over the positions.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels.bag_factors_triton import mean_factor_grads, mean_factors
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.threads import run_parts, split
 
 
-def bag_factors(offsets: Tensor, weights: Tensor | None, mean: Tensor | bool, *, impl: Impl = "auto") -> Tensor | None:
+def bag_factors(
+    offsets: Tensor,
+    weights: Tensor | None,
+    mean: Tensor | bool,
+    *,
+    num_positions: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor | None:
     """Return the factor of each position, float32 [L], or None for all ones; differentiable in weights.
 
     Args:
         offsets: [N + 1] int64, positions of each bag; they need not start at 0 nor end at L. Trusted.
         weights: [L] floating point; None: all 1 and L = offsets[-1]. Positions outside all bags keep their weight.
         mean: for all bags, or bool [F] with F dividing N: for the bags of each feature, key-major.
+        num_positions: L, for means without weights; None reads offsets[-1], which is a host sync on a GPU.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -29,7 +39,9 @@ def bag_factors(offsets: Tensor, weights: Tensor | None, mean: Tensor | bool, *,
     if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be [N + 1] int64; got {tuple(offsets.shape)} {offsets.dtype}")
     num_bags = offsets.numel() - 1
-    if isinstance(mean, Tensor) and (mean.dtype != torch.bool or mean.ndim != 1 or num_bags % max(mean.numel(), 1)):
+    if isinstance(mean, Tensor) and (
+        mean.dtype != torch.bool or mean.ndim != 1 or not _divides(mean.numel(), num_bags)
+    ):
         raise ValueError(f"mean must be bool [F] with F dividing {num_bags} bags; got {tuple(mean.shape)} {mean.dtype}")
     if weights is not None and (weights.ndim != 1 or not weights.is_floating_point()):
         raise ValueError(f"weights must be floating point [L]; got {tuple(weights.shape)} {weights.dtype}")
@@ -38,9 +50,14 @@ def bag_factors(offsets: Tensor, weights: Tensor | None, mean: Tensor | bool, *,
             return None if weights is None else weights.float()
         mean = torch.ones(1, dtype=torch.bool, device=offsets.device)
     if weights is None:
-        weights = torch.ones(int(offsets[-1]), device=offsets.device)
-    version = choose(impl, offsets, numba=_MeanFactors.apply, torch=_torch, reference=_reference)
-    return version(weights.float(), offsets, mean)
+        weights = torch.ones(int(offsets[-1]) if num_positions is None else num_positions, device=offsets.device)
+    version = choose(impl, offsets, triton=_factors_op, numba=_factors_op, torch=_torch, reference=_reference)
+    given = (weights.float(), offsets, mean)
+    return version(*given, impl) if version is _factors_op else version(*given)
+
+
+def _divides(num_features: int, num_bags: int) -> bool:
+    return num_bags % num_features == 0 if num_features else num_bags == 0
 
 
 def _reference(weights: Tensor, offsets: Tensor, mean: Tensor) -> Tensor:
@@ -66,21 +83,52 @@ def _torch(weights: Tensor, offsets: Tensor, mean: Tensor) -> Tensor:
     return (weights.double() * scale[bag]).float()
 
 
-class _MeanFactors(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, offsets: Tensor, mean: Tensor) -> Tensor:
-        weights, offsets, mean = weights.contiguous(), offsets.contiguous(), mean.contiguous()
-        factors = weights.clone()
-        _run(_mean_loop, offsets, mean, weights, factors)
-        ctx.save_for_backward(weights, offsets, mean, factors)
-        return factors
+@torch.library.custom_op("recis::bag_factors", mutates_args=())
+def _factors_op(weights: Tensor, offsets: Tensor, mean: Tensor, impl: str) -> Tensor:
+    version = choose(impl, offsets, triton=mean_factors, numba=_numba)  # type: ignore[arg-type]
+    return version(weights.contiguous(), offsets.contiguous(), mean.contiguous())
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weights, offsets, mean, factors = ctx.saved_tensors
-        pulled = grads[0].clone(memory_format=torch.contiguous_format)
-        _run(_mean_grad_loop, offsets, mean, weights, factors, pulled)
-        return pulled, None, None
+
+@torch.library.custom_op("recis::bag_factor_grads", mutates_args=())
+def _factor_grads_op(
+    weights: Tensor, offsets: Tensor, mean: Tensor, factors: Tensor, grad: Tensor, impl: str
+) -> Tensor:
+    version = choose(impl, offsets, triton=mean_factor_grads, numba=_numba_grads)  # type: ignore[arg-type]
+    return version(*(t.contiguous() for t in (weights, offsets, mean, factors, grad)))
+
+
+@_factors_op.register_fake
+def _(weights, offsets, mean, impl):
+    return torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+
+@_factor_grads_op.register_fake
+def _(weights, offsets, mean, factors, grad, impl):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    weights, offsets, mean, ctx.impl = inputs
+    ctx.save_for_backward(weights, offsets, mean, output)
+
+
+def _backward(ctx, grad):
+    return _factor_grads_op(*ctx.saved_tensors, grad, ctx.impl), None, None, None
+
+
+_factors_op.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _numba(weights: Tensor, offsets: Tensor, mean: Tensor) -> Tensor:
+    factors = weights.clone()
+    _run(_mean_loop, offsets, mean, weights, factors)
+    return factors
+
+
+def _numba_grads(weights: Tensor, offsets: Tensor, mean: Tensor, factors: Tensor, grad: Tensor) -> Tensor:
+    pulled = grad.clone()
+    _run(_mean_grad_loop, offsets, mean, weights, factors, pulled)
+    return pulled
 
 
 def _run(loop, offsets: Tensor, mean: Tensor, *arrays: Tensor) -> None:

@@ -165,7 +165,7 @@ def _embedding_bag_kernel(
     first = tl.load(offsets_ptr + bag, mask=exists, other=0)
     last = tl.load(offsets_ptr + bag + 1, mask=exists, other=0)
     total = tl.full([BLOCK_B, BLOCK_D], -0.0, dtype=tl.float32)
-    for done in range(0, tl.max(last - first, axis=0), 4):
+    for done in range(0, tl.max(last - first, axis=0), 4):  # pyright: ignore[reportArgumentType]
         p0 = first + done
         p1, p2, p3 = p0 + 1, p0 + 2, p0 + 3
         u0 = distinct_of_position(inverse_ptr, p0, p0 < last, HAS_INVERSE)

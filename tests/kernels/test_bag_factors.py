@@ -22,6 +22,7 @@ def test_mean_factors_by_hand():
     """A21: values 10, 20 with weights 1, 3 average to 17.5; unit weights to 15; an empty bag and a zero sum give 0."""
     offsets = torch.tensor([0, 2, 2, 4])
     weights = torch.tensor([1.0, 3.0, 2.0, -2.0])
+    assert factors_of(offsets, weights, True, impl="triton").tolist() == [0.25, 0.75, 0.0, 0.0]
     assert factors_of(offsets, weights, True).tolist() == [0.25, 0.75, 0.0, 0.0]
     assert factors_of(offsets, None, True).tolist() == [0.5, 0.5, 0.5, 0.5]
     assert bag_factors(offsets, None, False) is None
@@ -37,7 +38,7 @@ def test_features_choose_their_pooling():
 
 @pytest.mark.parametrize("mean", [False, True, torch.tensor([True, False])], ids=str)
 @pytest.mark.parametrize("extra", [0, 3])
-@pytest.mark.parametrize("impl", ["numba", "torch"])
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch"])
 def test_gradients_match_autograd(impl, mean, extra):
     offsets = offsets_of([3, 0, 1, 5])
     weights = (torch.rand(9 + extra) + 0.1).double().requires_grad_()
@@ -57,21 +58,24 @@ def test_gradients_match_autograd(impl, mean, extra):
 
 def test_zero_sum_has_zero_gradient():
     weights = torch.tensor([1.0, -1.0], requires_grad=True)
-    for impl in ("numba", "torch"):
+    for impl in ("triton", "numba", "torch"):
         weights.grad = None
         factors_of(torch.tensor([0, 2]), weights, True, impl=impl).sum().backward()
         assert weights.grad is not None
         assert weights.grad.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("impl", ["numba", "torch"])
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch"])
 @pytest.mark.parametrize("first", [0, 2])
 def test_versions_match_the_reference(impl, first):
     offsets = offsets_of([3, 0, 40, 1, 2, 5]) + first
     weights = torch.randn(int(offsets[-1]) + 4)
     for mean in (True, torch.tensor([True, False]), torch.tensor([False, True, False])):
         want = factors_of(offsets, weights, mean, impl="reference")
-        torch.testing.assert_close(factors_of(offsets, weights, mean, impl=impl), want, rtol=1e-6, atol=0)
+        got = factors_of(offsets, weights, mean, impl=impl)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        if impl == "triton":
+            assert torch.equal(got, factors_of(offsets, weights, mean, impl="numba"))
 
 
 def test_threads_change_nothing():
@@ -86,6 +90,38 @@ def test_threads_change_nothing():
     assert torch.equal(*results)
 
 
+def test_gradients_of_the_loops_are_equal_bit_for_bit():
+    """Strided weights and gradients, one long bag, means of two of three features."""
+    offsets, mean = offsets_of([3, 0, 70, 1, 2, 5]), torch.tensor([True, False, True])
+    grads = []
+    for impl in ("numba", "triton"):
+        weights = torch.linspace(-1, 2, 162).view(81, 2)[:, 0].detach().requires_grad_()
+        factors_of(offsets, weights, mean, impl=impl).backward(torch.linspace(3, -1, 162)[::2])
+        grads.append(weights.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_op_is_known_to_torch(impl):
+    weights, offsets, mean = torch.rand(6, requires_grad=True), torch.tensor([0, 2, 6]), torch.tensor([True])
+    torch.library.opcheck(torch.ops.recis.bag_factors.default, (weights, offsets, mean, impl))
+
+    def run(values):
+        return factors_of(offsets, values * 2, True, impl=impl)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weights), run(weights))
+
+
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch"])
+def test_no_bags_in_any_version(impl):
+    assert factors_of(torch.tensor([0]), torch.ones(2), True, impl=impl).tolist() == [1.0, 1.0]
+    assert factors_of(torch.tensor([0]), torch.ones(0), torch.zeros(0, dtype=torch.bool), impl=impl).shape == (0,)
+    given = bag_factors(torch.tensor([0, 2]), None, True, num_positions=3, impl=impl)
+    assert given is not None
+    assert given.tolist() == [0.5, 0.5, 1.0]
+
+
 def test_no_bags():
     assert factors_of(torch.tensor([0]), torch.ones(2), True).tolist() == [1.0, 1.0]
     assert factors_of(torch.tensor([0, 0]), None, True).shape == (0,)
@@ -96,5 +132,12 @@ def test_wrong_arguments_are_named():
         bag_factors(torch.zeros(0, dtype=torch.int64), None, True)
     with pytest.raises(ValueError, match="mean must be"):
         bag_factors(torch.tensor([0, 3]), None, torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="mean must be"):
+        bag_factors(torch.tensor([0, 3]), None, torch.zeros(0, dtype=torch.bool))
     with pytest.raises(ValueError, match="weights must be"):
         bag_factors(torch.tensor([0, 3]), torch.zeros(3, dtype=torch.int64), True)
+
+
+def launches() -> None:
+    weights = torch.ones(6, requires_grad=True)
+    factors_of(torch.tensor([0, 2, 6]), weights, True, impl="triton").sum().backward()
