@@ -291,10 +291,10 @@ def _bag_parts(offsets: Tensor) -> list[tuple[int, int]]:
 def _scratch(blocks: RowBlocks, offsets: Tensor, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return memory for a loop over bags start .. stop - 1.
 
-    It holds the addresses of its positions' rows, 1 + WIDENED rows of zeros (the first is read where there is no row),
-    and the addresses of all but the first.
+    It holds the addresses of its positions' rows and ROWS_AHEAD more, 1 + WIDENED rows of zeros (the first is read where
+    there is no row), and the addresses of all but the first.
     """
-    addresses = np.empty(int(offsets[stop] - offsets[start]), np.int64)
+    addresses = np.empty(int(offsets[stop] - offsets[start]) + ROWS_AHEAD, np.int64)
     wide = lane_scratch(blocks.layout.dim, 1 + WIDENED)
     return addresses, wide, wide.ctypes.data + wide.strides[0] * np.arange(1, 1 + WIDENED)
 
@@ -373,25 +373,27 @@ def _bag_loop(source, pointers, offsets, factors, scratch, out, start, stop):
     addresses, wide, wide_addresses = scratch
     dim, is_bf16 = source[6], source[7] != 0
     weight_bytes = 2 * dim if is_bf16 else 4 * dim
-    first, num_positions = offsets[start], addresses.size
+    first = offsets[start]
     _row_addresses(source, pointers, first, offsets[stop], wide.ctypes.data, addresses)
+    addresses[addresses.size - ROWS_AHEAD :] = wide.ctypes.data  # what the last positions fetch ahead
     addresses_at, wide_addresses_at = addresses.ctypes.data, wide_addresses.ctypes.data
+    for i in range(ROWS_AHEAD):
+        _fetch(addresses[i], weight_bytes)
     for n in range(start, stop):
         total, done, end = out + 4 * dim * n, offsets[n] - first, offsets[n + 1] - first
-        for i in range(done + ROWS_AHEAD, min(end + ROWS_AHEAD, num_positions)):
-            _fetch(addresses[i], weight_bytes)
         if done == end:
             empty = float32_at(total, dim)
             for c in range(dim):
                 empty[c] = np.float32(0.0)
         while done < end:
-            rows, count = addresses_at + 8 * done, end - done
+            rows, count, ahead = addresses_at + 8 * done, end - done, ROWS_AHEAD
             if is_bf16:
-                rows, count = wide_addresses_at, min(count, WIDENED)
+                rows, count, ahead = wide_addresses_at, min(count, WIDENED), 0
                 for i in range(count):
+                    _fetch(addresses[done + i + ROWS_AHEAD], weight_bytes)
                     widen_row(addresses[done + i], wide_addresses[i], dim)
             own_factors = factors + 4 * (first + done) if factors != 0 else 0
-            fold_rows(rows, own_factors, count, total, dim, done > offsets[n] - first)
+            fold_rows(rows, own_factors, count, total, dim, done > offsets[n] - first, ahead)
             done += count
 
 

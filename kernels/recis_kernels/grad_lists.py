@@ -36,7 +36,8 @@ class GradLists:
     """The contributions of all positions, listed per distinct row in fold order.
 
     starts [U + 1] int32: row u has contributions starts[u] .. starts[u + 1] - 1.
-    sources [L] int64: address of each contribution's gradient row.  factors [L] float32, empty when all are 1.
+    sources [L + SOURCES_AHEAD] int64: address of each contribution's gradient row; the rest is only fetched.
+    factors [L] float32, empty when all are 1.
     keep: what owns the memory that the addresses point into.
     """
 
@@ -86,8 +87,10 @@ def list_grads(views: Sequence["RowGrad"], num_rows: int, dim: int) -> GradLists
 
     each(_count_loop)
     _start_loop(cursors, starts)
-    sources = np.empty(int(starts[-1]), dtype=np.int64)
-    factors = np.empty(sources.size if has_factors else 0, dtype=np.float32)
+    num_sources = int(starts[-1])
+    sources = np.empty(num_sources + SOURCES_AHEAD, dtype=np.int64)
+    sources[num_sources:] = sources.ctypes.data  # what the last contributions fetch ahead: any address will do
+    factors = np.empty(num_sources if has_factors else 0, dtype=np.float32)
     each(_list_loop, sources, factors)
     return GradLists(starts, sources, factors, tuple(keep))
 
@@ -206,24 +209,19 @@ def _list_loop(features, low, high, cursor, sources, factors):
 
 
 @njit
-def fetch_sources(start, stop, sources, dim):
-    """Ask for the gradient rows of contributions start .. stop - 1; sources is an address."""
-    for c in range(start, stop):
-        ahead = load_int64(sources + 8 * c)
-        for line in range(0, 4 * dim, 64):
-            prefetch(ahead + line)
+def fetch_source(contribution, sources, dim):
+    """Ask for the gradient row of a contribution, which may lie SOURCES_AHEAD past the last; sources is an address."""
+    ahead = load_int64(sources + 8 * contribution)
+    for line in range(0, 4 * dim, 64):
+        prefetch(ahead + line)
 
 
 @njit
-def fold_row(first, last, end, sources, factors, total, dim):
-    """Put the left fold of contributions first .. last - 1 into floats `total` [dim]; all but counts are addresses.
+def fold_row(first, last, sources, factors, total, dim):
+    """Put the left fold of contributions first .. last - 1, at least one, into floats `total` [dim]; all but counts are addresses.
 
-    Gradient rows are fetched some contributions ahead, into the lists of the rows that follow, up to `end`.
+    Gradient rows are fetched some contributions ahead, into the lists of the rows that follow.
     """
-    start = first
-    while start < last:
-        stop = min(start + SOURCES_AHEAD, last)
-        fetch_sources(start + SOURCES_AHEAD, min(stop + SOURCES_AHEAD, end), sources, dim)
-        own_factors = factors + 4 * start if factors != 0 else 0
-        fold_rows(sources + 8 * start, own_factors, stop - start, total, dim, start > first)
-        start = stop
+    fold_rows(
+        sources + 8 * first, factors + 4 * first if factors != 0 else 0, last - first, total, dim, False, SOURCES_AHEAD
+    )

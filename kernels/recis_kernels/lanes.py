@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recis_kernels.address import float32_at, load_float32, load_int64
 from recis_kernels.dispatch import njit
+from recis_kernels.prefetch import emit_prefetch, prefetch
 
 __all__ = [
     "NUM_LANES",
@@ -154,12 +155,12 @@ def _square_root(typingctx, value):
 def _fold(width: int) -> Any:
     """Return the intrinsic that folds `width` times sixteen columns, kept in registers over all rows."""
 
-    def fold(typingctx, sources, factors, count, total, column):
+    def fold(typingctx, sources, factors, count, total, column, ahead):
         del typingctx
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             del signature
-            sources, factors, count, total, column = args
+            sources, factors, count, total, column, ahead = args
             start = builder.mul(column, _INT64(4))
             places = [builder.add(start, _INT64(4 * NUM_LANES * part)) for part in range(width)]
             sums = [
@@ -168,6 +169,10 @@ def _fold(width: int) -> Any:
             with cgutils.for_range(builder, count, intp=_INT64) as loop:
                 source_at = builder.add(sources, builder.mul(loop.index, _INT64(8)))
                 source = builder.load(builder.inttoptr(source_at, ir.PointerType(_INT64)), typ=_INT64)
+                later_at = builder.add(source_at, builder.mul(ahead, _INT64(8)))
+                later = builder.load(builder.inttoptr(later_at, ir.PointerType(_INT64)), typ=_INT64)
+                for place in (*places, builder.add(places[-1], _INT64(4 * NUM_LANES - 4))):
+                    emit_prefetch(builder, builder.add(later, place))
                 factor = _factor(builder, factors, loop.index)
                 for place, sum_at in zip(places, sums, strict=True):
                     term = builder.fmul(_load(builder, _pointer(builder, source, place)), factor)
@@ -176,7 +181,7 @@ def _fold(width: int) -> Any:
                 builder.store(builder.load(sum_at), _pointer(builder, total, place)).align = 4
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), codegen
+        return types.void(*[types.int64] * 6), codegen
 
     return intrinsic(fold)
 
@@ -195,13 +200,18 @@ _fold_16: Any = _fold(1)
 
 
 @njit
-def fold_rows(sources, factors, count, total, dim, started):
+def fold_rows(sources, factors, count, total, dim, started, ahead):
     """Put the left fold of `count` >= 1 rows of `dim` floats into the floats at `total`; numba loops only.
 
-    sources: address of the rows' addresses, int64.  factors: address of their float32 factors, 0 = all 1.
-    started: whether `total` holds the fold of earlier rows, to be continued.
+    sources: address of the rows' addresses, int64, count + ahead of them.  factors: address of their float32 factors,
+    0 = all 1.  started: whether `total` holds the fold of earlier rows, to be continued.
+    ahead: with each row the one so many places further is fetched, line by line as this one is read: a burst of fetches
+    stalls as soon as the processor's list of open misses (some twenty) is full.
     """
     if not started:
+        later = load_int64(sources + 8 * ahead)
+        for line in range(0, 4 * dim, 64):
+            prefetch(later + line)
         sums, row = float32_at(total, dim), float32_at(load_int64(sources), dim)
         factor = load_float32(factors) if factors != 0 else np.float32(1.0)
         for i in range(dim):
@@ -213,16 +223,17 @@ def fold_rows(sources, factors, count, total, dim, started):
         return
     column = 0
     while column + 4 * NUM_LANES <= dim:
-        _fold_64(sources, factors, count, total, column)
+        _fold_64(sources, factors, count, total, column, ahead)
         column += 4 * NUM_LANES
     while column + NUM_LANES <= dim:
-        _fold_16(sources, factors, count, total, column)
+        _fold_16(sources, factors, count, total, column, ahead)
         column += NUM_LANES
     if column == dim:
         return
     sums = float32_at(total + 4 * column, dim - column)
     for c in range(count):
         row = float32_at(load_int64(sources + 8 * c) + 4 * column, dim - column)
+        prefetch(load_int64(sources + 8 * (c + ahead)) + 4 * column)
         factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
         for i in range(sums.size):
             sums[i] += factor * row[i]

@@ -11,14 +11,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["prefetch", "prefetch_write"]
+__all__ = ["emit_prefetch", "prefetch", "prefetch_write"]
 
 _READ, _WRITE = 0, 1
 _KEEP_IN_ALL_LEVELS = 3
 _DATA_CACHE = 1
 
 
-def _emit(context: Any, builder: Any, address: Any, access: int) -> Any:
+def emit_prefetch(builder: Any, address: Any, access: int = _READ) -> None:
+    """Write the prefetch of an address (an LLVM int64) into a function that is being built."""
     pointer_type = ir.PointerType(ir.IntType(8))
     int32 = ir.IntType(32)
     function = builder.module.declare_intrinsic(
@@ -26,7 +27,6 @@ def _emit(context: Any, builder: Any, address: Any, access: int) -> Any:
     )
     pointer = builder.inttoptr(address, pointer_type)
     builder.call(function, [pointer, int32(access), int32(_KEEP_IN_ALL_LEVELS), int32(_DATA_CACHE)])
-    return context.get_dummy_value()
 
 
 def _read_ahead(typingctx, address):
@@ -34,7 +34,8 @@ def _read_ahead(typingctx, address):
 
     def codegen(context, builder, signature, args):
         del signature
-        return _emit(context, builder, args[0], _READ)
+        emit_prefetch(builder, args[0], _READ)
+        return context.get_dummy_value()
 
     return types.void(types.int64), codegen
 
@@ -44,7 +45,8 @@ def _write_ahead(typingctx, address):
 
     def codegen(context, builder, signature, args):
         del signature
-        return _emit(context, builder, args[0], _WRITE)
+        emit_prefetch(builder, args[0], _WRITE)
+        return context.get_dummy_value()
 
     return types.void(types.int64), codegen
 

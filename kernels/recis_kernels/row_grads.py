@@ -187,16 +187,15 @@ def row_square_sums(lookup: PendingLookup, dim: int) -> Tensor:
 
 @njit
 def _reduce_loop(starts, sources, factors, sums, dim, start, stop):
-    end = starts[starts.size - 1]
     for u in range(start, stop):
-        fold_row(starts[u], starts[u + 1], end, sources, factors, sums + 4 * dim * u, dim)
+        if starts[u + 1] > starts[u]:
+            fold_row(starts[u], starts[u + 1], sources, factors, sums + 4 * dim * u, dim)
 
 
 @njit
 def _square_loop(starts, sources, factors, rows, dim, scratch, norms, start, stop):
-    end = starts[starts.size - 1]
     g = scratch.ctypes.data
     for u in range(start, stop):
         if rows[u] >= 0 and starts[u + 1] > starts[u]:
-            fold_row(starts[u], starts[u + 1], end, sources, factors, g, dim)
+            fold_row(starts[u], starts[u + 1], sources, factors, g, dim)
             norms[u] = square_sum(g, scratch.size)

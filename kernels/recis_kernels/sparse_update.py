@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recis_kernels.address import load_int32, load_int64, store_int32
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
-from recis_kernels.grad_lists import SOURCES_AHEAD, fetch_sources, fold_row, list_grads
+from recis_kernels.grad_lists import SOURCES_AHEAD, fetch_source, fold_row, list_grads
 from recis_kernels.lanes import NUM_LANES, lane_scratch, scale_is_finite, square_sum
 from recis_kernels.philox import rounding_stream
 from recis_kernels.prefetch import prefetch
@@ -264,7 +264,6 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
     shift, row_bytes, dim, is_bf16, first_at, second_at, steps_at, id_at, seen_at, count_at = place
     pointers, rows, counts, keys, bad, scratch, ready, squares = memory
     starts, sources, factors = lists
-    end = starts[starts.size - 1]
     mask = (1 << shift) - 1
     num_bad = 0
     padded = scratch.shape[1]
@@ -290,15 +289,15 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
             g_at = own_at
             if is_direct and high - low == 1:  # the one contribution is the sum: read it where it lies
                 g_at = load_int64(sources + 8 * low)
-                fetch_sources(low + SOURCES_AHEAD, min(high + SOURCES_AHEAD, end), sources, dim)
+                fetch_source(low + SOURCES_AHEAD, sources, dim)
             else:
-                fold_row(low, high, end, sources, factors, g_at, dim)
+                fold_row(low, high, sources, factors, g_at, dim)
                 if scale != np.float32(1.0):
                     scale_is_finite(g_at, padded, scale)
             square = square_sum(g_at, padded)
             if not square < np.inf:  # something is not finite, or a square is too large for a float
                 if g_at != own_at:
-                    fold_row(low, high, end, sources, factors, own_at, dim)
+                    fold_row(low, high, sources, factors, own_at, dim)
                 if not scale_is_finite(own_at, padded, np.float32(1.0)):
                     bad[start + num_bad] = u
                     num_bad += 1

@@ -39,7 +39,7 @@ def _square_root(value):
 
 @njit
 def _fold_rows(sources, factors, count, total, dim, started):
-    fold_rows(sources, factors, count, total, dim, started)
+    fold_rows(sources, factors, count, total, dim, started, 0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 33])
