@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import load_int32, load_uint16, store_int32, store_uint16
-from recis_kernels.dispatch import njit
+from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import id_words, rounding_stream, words
+from recis_kernels.row_rounding_triton import round_rows
 
 _EXPONENT = 0x7F800000
 
 
-def round_stochastic(values: Tensor, ids: Tensor, keys: Tensor, step: int) -> Tensor:
+def round_stochastic(values: Tensor, ids: Tensor, keys: Tensor, step: int, *, impl: Impl = "auto") -> Tensor:
     """Return bfloat16 [N, D] from float32 values [N, D] of rows `ids` [N] int64.
 
     Args:
@@ -25,12 +26,32 @@ def round_stochastic(values: Tensor, ids: Tensor, keys: Tensor, step: int) -> Te
         step: of the update.
 
     Raises:
-        ValueError: values is not [N, D] float32.
+        ValueError: values, ids or keys have another shape or dtype.
     """
     if values.ndim != 2 or values.dtype != torch.float32:
         raise ValueError(f"values must be [N, D] float32; got {tuple(values.shape)} {values.dtype}")
-    noise = words(ids, values.shape[1], keys, rounding_stream(step)) & 0xFFFF
-    return add_noise(values, noise)
+    num_rows = values.shape[0]
+    if ids.ndim != 1 or ids.shape[0] != num_rows or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be [{num_rows}] int64; got {tuple(ids.shape)} {ids.dtype}")
+    if keys.ndim != 1 or keys.shape[0] not in (1, num_rows) or keys.dtype != torch.int64:
+        raise ValueError(f"keys must be [{num_rows}] or [1] int64; got {tuple(keys.shape)} {keys.dtype}")
+    return _round_op(values, ids, keys, step, impl)
+
+
+@torch.library.custom_op("recis::round_stochastic", mutates_args=())
+def _round_op(values: Tensor, ids: Tensor, keys: Tensor, step: int, impl: str) -> Tensor:
+    version = choose(impl, values, triton=round_rows, torch=_torch, reference=_torch)  # type: ignore[arg-type]
+    return version(values.contiguous(), ids.contiguous(), keys.contiguous(), rounding_stream(step))
+
+
+@_round_op.register_fake
+def _(values, ids, keys, step, impl):
+    return values.new_empty(values.shape, dtype=torch.bfloat16)
+
+
+def _torch(values: Tensor, ids: Tensor, keys: Tensor, stream: int) -> Tensor:
+    """Whole numbers throughout: the reference and the version for any device are one."""
+    return add_noise(values, words(ids, values.shape[1], keys, stream) & 0xFFFF)
 
 
 def add_noise(values: Tensor, noise: Tensor) -> Tensor:
