@@ -4,8 +4,9 @@
     padded[b, t] = values[offsets[b] + t] if t < lengths[b] else fill   longer bags keep their head
 
 Lengths [B] and offsets [B + 1] are int64, or int32 and then stay int32. What they hold is trusted, as in every op here:
-reading it would stall a GPU. Sums and index tables run as a few torch ops whose cost is the memory they touch; padding
-and its gradient are copies, one read and one write of each value.
+reading it would stall a GPU. Running sums are numpy's on the CPU and torch.cumsum elsewhere; bag numbers, padding and its
+inverse are one pass each (jagged_triton.py on a GPU), one read and one write of each value. Each of padding and its
+inverse is the gradient of the other. Reordering, joining and cutting bags: jagged_runs.py.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels import jagged_triton
 from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.jagged_triton import words
 from recis_kernels.threads import run_parts, split
 
 
@@ -36,11 +39,10 @@ def offsets_to_lengths(offsets: Tensor) -> Tensor:
     return offsets.diff()
 
 
-def bag_of_value(offsets: Tensor, num_values: int) -> Tensor:
+def bag_of_value(offsets: Tensor, num_values: int, *, impl: Impl = "auto") -> Tensor:
     """Return the bag number of each of the num_values values, int64 [num_values]; offsets must end at num_values."""
     check_offsets_form(offsets)
-    bags = torch.arange(offsets.numel() - 1, device=offsets.device)
-    return bags.repeat_interleave(offsets.diff(), output_size=num_values)
+    return (_bags_op if torch.compiler.is_compiling() else _bags)(offsets, num_values, impl)
 
 
 def merge_offsets(parts: Sequence[Tensor]) -> Tensor:
@@ -72,21 +74,6 @@ def _merge_on_host(parts: Sequence[Tensor]) -> Tensor:
     return merged
 
 
-def permute_bags(values: Tensor, offsets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (values [L, ...], offsets [B + 1]) with bag b = the old bag order[b]; order [B] is a permutation, int64.
-
-    Differentiable in values.
-    """
-    check_offsets_form(offsets)
-    lengths = offsets.diff().index_select(0, order)
-    new_offsets = lengths_to_offsets(lengths)
-    shift = offsets[:-1].index_select(0, order) - new_offsets[:-1]
-    num_values = values.shape[0]
-    source = torch.arange(num_values, device=values.device)
-    source += shift.repeat_interleave(lengths, output_size=num_values)
-    return values.index_select(0, source), new_offsets
-
-
 def jagged_to_padded(
     values: Tensor, offsets: Tensor, max_length: int, *, fill: float = 0, impl: Impl = "auto"
 ) -> Tensor:
@@ -102,8 +89,8 @@ def jagged_to_padded(
     check_offsets_form(offsets)
     if max_length < 0:
         raise ValueError(f"max_length must be at least 0; got {max_length}")
-    version = choose(impl, values, numba=_padded_op, torch=_padded_torch, reference=_padded_reference)
-    return version(values, offsets, max_length, float(fill))
+    run = _padded_op if is_traced(values) else _padded
+    return run(values, offsets, max_length, float(fill), impl)
 
 
 def padded_to_jagged(padded: Tensor, offsets: Tensor, num_values: int, *, impl: Impl = "auto") -> Tensor:
@@ -116,8 +103,7 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, num_values: int, *, impl: 
     check_offsets_form(offsets)
     if offsets.numel() != padded.shape[0] + 1:
         raise ValueError(f"padded has {padded.shape[0]} rows, so offsets must be [{padded.shape[0] + 1}]")
-    version = choose(impl, padded, numba=_flat_op, torch=_flat_torch, reference=_flat_reference)
-    return version(padded, offsets, num_values)
+    return (_flat_op if is_traced(padded) else _flat)(padded, offsets, num_values, impl)
 
 
 def trimmed_lengths(padded: Tensor, invalid: float) -> Tensor:
@@ -140,6 +126,18 @@ def check_offsets_form(offsets: Tensor) -> None:
         raise ValueError(f"offsets must be [B + 1] int64 or int32; got {tuple(offsets.shape)} {offsets.dtype}")
 
 
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether torch.compile, export or autograd must see a call: else it may skip its registered op, about 20 us."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def as_words(tensor: Tensor) -> np.ndarray:
+    """Return a view of a contiguous CPU tensor as flat integers of its item size (numpy has no bf16)."""
+    return words(tensor).numpy().reshape(-1)
+
+
 def _on_host(tensor: Tensor) -> bool:
     """Whether numpy may do the work: one thread is faster than waking OpenMP's for a batch's worth of offsets."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -148,6 +146,80 @@ def _on_host(tensor: Tensor) -> bool:
 def _check_index(lengths: Tensor, name: str) -> None:
     if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be [B] int64 or int32; got {tuple(lengths.shape)} {lengths.dtype}")
+
+
+# ---- nodes of torch.compile
+
+
+def _bags(offsets: Tensor, num_values: int, impl: str) -> Tensor:
+    cpu = {"numba": _bags_numba, "torch": _bags_torch, "reference": _bags_reference}
+    return choose(impl, offsets, triton=jagged_triton.bags_of_values, **cpu)(offsets, num_values)  # type: ignore[arg-type]
+
+
+def _padded(values: Tensor, offsets: Tensor, max_length: int, fill: float, impl: str) -> Tensor:
+    cpu = {"numba": _padded_numba, "torch": _padded_torch, "reference": _padded_reference}
+    return choose(impl, values, triton=jagged_triton.pad, **cpu)(values.detach(), offsets, max_length, fill)  # type: ignore[arg-type]
+
+
+def _flat(padded: Tensor, offsets: Tensor, num_values: int, impl: str) -> Tensor:
+    cpu = {"numba": _flat_numba, "torch": _flat_torch, "reference": _flat_reference}
+    return choose(impl, padded, triton=_flat_triton, **cpu)(padded.detach(), offsets, num_values)  # type: ignore[arg-type]
+
+
+_bags_op = torch.library.custom_op("recis::bag_of_value", _bags, mutates_args=())
+_padded_op = torch.library.custom_op("recis::jagged_to_padded", _padded, mutates_args=())
+_flat_op = torch.library.custom_op("recis::padded_to_jagged", _flat, mutates_args=())
+
+
+@_bags_op.register_fake
+def _(offsets, num_values, impl):
+    return offsets.new_empty(num_values, dtype=torch.int64)
+
+
+@_padded_op.register_fake
+def _(values, offsets, max_length, fill, impl):
+    return values.new_empty((offsets.shape[0] - 1, max_length, *values.shape[1:]))
+
+
+@_flat_op.register_fake
+def _(padded, offsets, num_values, impl):
+    return padded.new_empty((num_values, *padded.shape[2:]))
+
+
+def _padded_setup(ctx, inputs, output) -> None:
+    values, offsets, _, _, ctx.impl = inputs
+    ctx.save_for_backward(offsets)
+    ctx.num_values = values.shape[0]
+
+
+def _padded_backward(ctx, grad):
+    (offsets,) = ctx.saved_tensors
+    return _flat_op(grad, offsets, ctx.num_values, ctx.impl), None, None, None, None
+
+
+def _flat_setup(ctx, inputs, output) -> None:
+    padded, offsets, _, ctx.impl = inputs
+    ctx.save_for_backward(offsets)
+    ctx.max_length = padded.shape[1]
+
+
+def _flat_backward(ctx, grad):
+    (offsets,) = ctx.saved_tensors
+    return _padded_op(grad, offsets, ctx.max_length, 0.0, ctx.impl), None, None, None
+
+
+# both directions are copies, so each is the gradient of the other; autograd itself would scatter-add
+_padded_op.register_autograd(_padded_backward, setup_context=_padded_setup)
+_flat_op.register_autograd(_flat_backward, setup_context=_flat_setup)
+
+
+# ---- reference
+
+
+def _bags_reference(offsets: Tensor, num_values: int) -> Tensor:
+    ends = offsets.tolist()
+    bags = [bag for bag in range(len(ends) - 1) for _ in range(ends[bag + 1] - ends[bag])]
+    return torch.tensor(bags, dtype=torch.int64, device=offsets.device)
 
 
 def _padded_reference(values: Tensor, offsets: Tensor, max_length: int, fill: float) -> Tensor:
@@ -168,11 +240,18 @@ def _flat_reference(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
     return out
 
 
+# ---- torch: any device
+
+
+def _bags_torch(offsets: Tensor, num_values: int) -> Tensor:
+    bags = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return bags.repeat_interleave(offsets.diff(), output_size=num_values)
+
+
 def _padded_torch(values: Tensor, offsets: Tensor, max_length: int, fill: float) -> Tensor:
     shape = (offsets.numel() - 1, max_length, *values.shape[1:])
     if values.shape[0] == 0 or max_length == 0:
-        empty = values.new_full(shape, fill)
-        return empty + values[:0].sum() if values.requires_grad else empty  # a zero gradient rather than none
+        return values.new_full(shape, fill)
     position = torch.arange(max_length, device=values.device)
     inside = position < offsets.diff()[:, None]
     source = torch.where(inside, offsets[:-1, None] + position, 0)
@@ -181,7 +260,7 @@ def _padded_torch(values: Tensor, offsets: Tensor, max_length: int, fill: float)
 
 
 def _flat_torch(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
-    bag = bag_of_value(offsets, num_values)
+    bag = _bags_torch(offsets, num_values)
     position = torch.arange(num_values, device=padded.device) - offsets[:-1].index_select(0, bag)
     if padded.shape[1] == 0:
         return padded.new_zeros((num_values, *padded.shape[2:]))
@@ -190,91 +269,84 @@ def _flat_torch(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
     return torch.where(inside.view(-1, *[1] * (out.ndim - 1)), out, 0).to(padded.dtype)
 
 
-@torch.library.custom_op("recis::jagged_to_padded", mutates_args=(), device_types="cpu")
-def _padded_op(values: Tensor, offsets: Tensor, max_length: int, fill: float) -> Tensor:
-    out = values.new_full((offsets.numel() - 1, max_length, *values.shape[1:]), fill)
-    if out.numel() and values.numel():
-        _run_copy(values.detach(), out, offsets, values_to_padded=True)
+# ---- Triton (the kernels are in jagged_triton.py)
+
+
+def _flat_triton(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
+    out = padded.new_empty((num_values, *padded.shape[2:]))
+    max_length = padded.shape[1]
+    starts = torch.arange(padded.shape[0], device=padded.device) * max_length
+    jagged_triton.copy_runs(out, padded.contiguous(), starts, offsets, to_packed=True, limit=max_length)
     return out
 
 
-@torch.library.custom_op("recis::padded_to_jagged", mutates_args=(), device_types="cpu")
-def _flat_op(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
-    out = padded.new_zeros((num_values, *padded.shape[2:]))
-    if out.numel() and padded.numel():
-        _run_copy(out, padded.detach(), offsets, values_to_padded=False)
+# ---- numba: copies of words, so one loop serves every dtype
+
+
+def _bags_numba(offsets: Tensor, num_values: int) -> Tensor:
+    out = torch.empty(num_values, dtype=torch.int64)
+    ends, target = offsets.numpy(), out.numpy()
+    parts = split(offsets.numel() - 1, min_items=_bags_per_thread(offsets, num_values))
+    run_parts(lambda start, stop: _fill_bags(ends, target, start, stop), parts)
     return out
 
 
-@_padded_op.register_fake
-def _(values, offsets, max_length, fill):
-    return values.new_empty((offsets.shape[0] - 1, max_length, *values.shape[1:]))
+def _padded_numba(values: Tensor, offsets: Tensor, max_length: int, fill: float) -> Tensor:
+    num_bags = offsets.numel() - 1
+    out = values.new_empty((num_bags, max_length, *values.shape[1:]))
+    if out.numel() == 0:
+        return out
+    width = out.numel() // (num_bags * max_length)
+    flat, rows, ends = as_words(values), as_words(out).reshape(num_bags, -1), offsets.numpy()
+    rest = as_words(torch.tensor([fill]).to(values.dtype))[0]
+    parts = split(num_bags, min_items=max(1, 65536 // rows.shape[1]))
+    run_parts(lambda start, stop: _to_padded(flat, rows, ends, width, rest, start, stop), parts)
+    return out
 
 
-@_flat_op.register_fake
-def _(padded, offsets, num_values):
-    return padded.new_empty((num_values, *padded.shape[2:]))
+def _flat_numba(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
+    out = padded.new_empty((num_values, *padded.shape[2:]))
+    if out.numel() == 0:
+        return out
+    num_bags = padded.shape[0]
+    width = out.numel() // num_values
+    flat, rows, ends = as_words(out), as_words(padded).reshape(num_bags, padded.shape[1] * width), offsets.numpy()
+    parts = split(num_bags, min_items=_bags_per_thread(offsets, out.numel()))
+    run_parts(lambda start, stop: _to_flat(flat, rows, ends, width, start, stop), parts)
+    return out
 
 
-def _padded_setup(ctx, inputs, output) -> None:
-    values, offsets, _, _ = inputs
-    ctx.save_for_backward(offsets)
-    ctx.num_values = values.shape[0]
-
-
-def _padded_backward(ctx, grad):
-    (offsets,) = ctx.saved_tensors
-    return _flat_op(grad, offsets, ctx.num_values), None, None, None
-
-
-def _flat_setup(ctx, inputs, output) -> None:
-    padded, offsets, _ = inputs
-    ctx.save_for_backward(offsets)
-    ctx.max_length = padded.shape[1]
-
-
-def _flat_backward(ctx, grad):
-    (offsets,) = ctx.saved_tensors
-    return _padded_op(grad, offsets, ctx.max_length, 0.0), None, None
-
-
-# both directions are copies, so each is the gradient of the other; autograd itself would scatter-add
-_padded_op.register_autograd(_padded_backward, setup_context=_padded_setup)
-_flat_op.register_autograd(_flat_backward, setup_context=_flat_setup)
-
-
-def _run_copy(values: Tensor, padded: Tensor, offsets: Tensor, *, values_to_padded: bool) -> None:
-    """Copy bytes between the flat and the padded form, so one loop serves every dtype."""
-    flat = as_words(values)
-    rows = as_words(padded).reshape(padded.shape[0], -1)
-    width = flat.size // values.shape[0] if values.shape[0] else 1
-    ends = offsets.numpy()
-    loop = _to_padded if values_to_padded else _to_flat
-    parts = split(padded.shape[0], min_items=max(1, 65536 // max(1, rows.shape[1])))
-    run_parts(lambda start, stop: loop(flat, rows, ends, width, start, stop), parts)
-
-
-def as_words(tensor: Tensor) -> np.ndarray:
-    """Return a view of a contiguous tensor as flat words of its item size (numpy has no bf16; a copy needs none)."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(words).numpy().reshape(-1)
+def _bags_per_thread(offsets: Tensor, num_values: int) -> int:
+    """Return how many bags hold the 65536 values that are worth waking a thread."""
+    return max(1, 65536 * (offsets.numel() - 1) // max(1, num_values))
 
 
 @njit
-def _to_padded(flat, rows, ends, width, start, stop):
+def _fill_bags(ends, target, start, stop):
+    for bag in range(start, stop):
+        for place in range(ends[bag], ends[bag + 1]):
+            target[place] = bag
+
+
+@njit
+def _to_padded(flat, rows, ends, width, rest, start, stop):
     limit = rows.shape[1]
     for bag in range(start, stop):
         first = np.int64(ends[bag]) * width
         size = min(np.int64(ends[bag + 1]) * width - first, limit)
         for i in range(size):
             rows[bag, i] = flat[first + i]
+        for i in range(size, limit):
+            rows[bag, i] = rest
 
 
 @njit
 def _to_flat(flat, rows, ends, width, start, stop):
     limit = rows.shape[1]
     for bag in range(start, stop):
-        first = np.int64(ends[bag]) * width
-        size = min(np.int64(ends[bag + 1]) * width - first, limit)
+        first, last = np.int64(ends[bag]) * width, np.int64(ends[bag + 1]) * width
+        size = min(last - first, limit)
         for i in range(size):
             flat[first + i] = rows[bag, i]
+        for i in range(first + size, last):
+            flat[i] = 0

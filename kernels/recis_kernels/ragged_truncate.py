@@ -17,11 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.columns import check_columns, column_of_value, run_columns
-from recis_kernels.dispatch import Impl, choose, njit
-from recis_kernels.jagged import as_words, bag_of_value, check_offsets_form, lengths_to_offsets
-from recis_kernels.threads import run_parts, split
+from recis_kernels.columns import (
+    block_table,
+    check_columns,
+    column_of_program,
+    column_of_value,
+    parameter_of_column,
+    run_columns,
+    values_of_program,
+)
+from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
+from recis_kernels.jagged import bag_of_value, check_offsets_form, lengths_to_offsets
+from recis_kernels.jagged_runs import gather_runs
+from recis_kernels.jagged_triton import bag_of_place
 
+_PER_PROGRAM = 1024
 Drop = Literal["left", "right"]
 
 
@@ -57,23 +67,22 @@ def ragged_truncate(
     for drop in drops:
         if drop not in ("left", "right"):
             raise ValueError(f'drop must be "left" or "right"; got {drop!r}')
-    version = choose(impl, offsets, numba=_truncate_numba, torch=_truncate_torch, reference=_truncate_reference)
-    return version(offsets, row_offsets, keeps, drops)
+    lefts = [int(drop == "left") for drop in drops]
+    fields = (_cut_op if torch.compiler.is_compiling() else _cut)(offsets, row_offsets, keeps, lefts, impl)
+    return Cut(*fields.unbind(0))
 
 
 def take_runs(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int, *, impl: Impl = "auto") -> Tensor:
     """Return the runs values[starts[r] : starts[r] + lengths[r]] one after another, [num_taken, ...].
 
     Args:
-        values: [L] or [L, D].
+        values: [L] or [L, D]. Differentiable.
         starts, lengths: int64 [R].
         num_taken: the sum of lengths.
     """
     if num_taken == values.shape[0]:
         return values  # disjoint ascending runs of that many entries are all of them
-    return choose(impl, values, numba=_runs_numba, torch=_runs_torch, reference=_runs_reference)(
-        values, starts, lengths, num_taken
-    )
+    return gather_runs(values, starts, lengths_to_offsets(lengths), num_taken, impl=impl)
 
 
 def keep_where(mask: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +98,7 @@ def ragged_take(
     """Return flat indices offsets[r] + dropped[r] + pick (int64 [M]) and their offsets [B + 1].
 
     offsets [B + 1] and dropped [B] describe the rows before the cut; picks [P] are positions in the cut rows, in the
-    bags of pick_offsets [B + 1]. A pick past its row's end, or below 0, is discarded.
+    bags of pick_offsets [B + 1]. A pick past its row's end, or below 0, is discarded. One host sync on a GPU: M.
 
     Raises:
         ValueError: the shapes disagree.
@@ -102,7 +111,37 @@ def ragged_take(
             f"{num_rows} rows need dropped [{num_rows}] and pick_offsets [{num_rows + 1}]; "
             f"got {tuple(dropped.shape)} and {tuple(pick_offsets.shape)}"
         )
-    return choose(impl, picks, torch=_take_torch, reference=_take_reference)(offsets, dropped, picks, pick_offsets)
+    run = _take_op if torch.compiler.is_compiling() else _take
+    return run(offsets, dropped, picks, pick_offsets, impl)
+
+
+# ---- nodes of torch.compile; lefts[c] is 1 where the head is cut
+
+
+def _cut(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], lefts: Sequence[int], impl: str) -> Tensor:
+    """Return starts, lengths, dropped and missing, int64 [4, R]."""
+    cpu = {"numba": _truncate_numba, "torch": _truncate_torch, "reference": _truncate_reference}
+    return choose(impl, offsets, triton=_truncate_triton, **cpu)(offsets, row_offsets, keeps, lefts)  # type: ignore[arg-type]
+
+
+def _take(offsets: Tensor, dropped: Tensor, picks: Tensor, pick_offsets: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    version = choose(impl, picks, triton=_take_triton, torch=_take_torch, reference=_take_reference)  # type: ignore[arg-type]
+    return version(offsets, dropped, picks, pick_offsets)
+
+
+_cut_op = torch.library.custom_op("recis::ragged_truncate", _cut, mutates_args=())
+_take_op = torch.library.custom_op("recis::ragged_take", _take, mutates_args=())
+
+
+@_cut_op.register_fake
+def _(offsets, row_offsets, keeps, lefts, impl):
+    return offsets.new_empty((4, offsets.shape[0] - 1), dtype=torch.int64)
+
+
+@_take_op.register_fake
+def _(offsets, dropped, picks, pick_offsets, impl):
+    num_taken = torch.library.get_ctx().new_dynamic_size()
+    return picks.new_empty(num_taken, dtype=torch.int64), offsets.new_empty(offsets.shape, dtype=torch.int64)
 
 
 def _take_reference(offsets: Tensor, dropped: Tensor, picks: Tensor, pick_offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,64 +162,59 @@ def _take_torch(offsets: Tensor, dropped: Tensor, picks: Tensor, pick_offsets: T
     flat = first.index_select(0, row) + picks
     inside = (picks >= 0) & (flat < offsets[1:].index_select(0, row))
     kept = torch.zeros(offsets.numel() - 1, dtype=torch.int64, device=picks.device).index_add_(0, row, inside.long())
-    return flat[inside], lengths_to_offsets(kept)
+    return flat[inside].to(torch.int64), lengths_to_offsets(kept)
+
+
+def _take_triton(offsets: Tensor, dropped: Tensor, picks: Tensor, pick_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    num_picks, num_rows = picks.shape[0], dropped.shape[0]
+    flat = torch.empty(num_picks, dtype=torch.int64, device=picks.device)
+    if num_picks:
+        arguments = offsets, dropped, picks, pick_offsets
+        grid = (-(-num_picks // _PER_PROGRAM),)
+        contiguous = [argument.contiguous() for argument in arguments]
+        launch(_ragged_take_kernel, grid, *contiguous, flat, num_rows, num_picks, BLOCK=_PER_PROGRAM, num_warps=8)
+    positions, new_offsets = keep_where(flat >= 0, pick_offsets)
+    return flat.index_select(0, positions), new_offsets
 
 
 def _truncate_reference(
-    offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], drops: Sequence[Drop]
-) -> Cut:
-    columns = list(zip(pairwise(row_offsets), keeps, drops, strict=True))
-    rule_of_row = [(keep, drop) for (start, stop), keep, drop in columns for _ in range(start, stop)]
+    offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], lefts: Sequence[int]
+) -> Tensor:
+    columns = list(zip(pairwise(row_offsets), keeps, lefts, strict=True))
+    rule_of_row = [(keep, left) for (start, stop), keep, left in columns for _ in range(start, stop)]
     rows = []
-    for (start, stop), (keep, drop) in zip(pairwise(offsets.tolist()), rule_of_row, strict=True):
+    for (start, stop), (keep, left) in zip(pairwise(offsets.tolist()), rule_of_row, strict=True):
         dropped, missing = max(stop - start - keep, 0), max(keep - (stop - start), 0)
-        rows.append((start + (dropped if drop == "left" else 0), stop - start - dropped, dropped, missing))
-    fields = torch.tensor(rows, dtype=torch.int64, device=offsets.device).view(-1, 4)
-    return Cut(*fields.unbind(1))
+        rows.append((start + dropped * left, stop - start - dropped, dropped, missing))
+    return torch.tensor(rows, dtype=torch.int64, device=offsets.device).view(-1, 4).T.contiguous()
 
 
-def _truncate_torch(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], drops: Sequence[Drop]) -> Cut:
+def _truncate_torch(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], lefts: Sequence[int]) -> Tensor:
     keep = column_of_value(row_offsets, keeps, offsets.device)
-    from_left = column_of_value(row_offsets, [int(drop == "left") for drop in drops], offsets.device)
+    left = column_of_value(row_offsets, lefts, offsets.device)
     lengths = offsets.diff().to(torch.int64)
     dropped = (lengths - keep).clamp_(min=0)
-    missing = (keep - lengths).clamp_(min=0)
-    return Cut(offsets[:-1] + dropped * from_left, lengths - dropped, dropped, missing)
+    return torch.stack((offsets[:-1] + dropped * left, lengths - dropped, dropped, (keep - lengths).clamp_(min=0)))
 
 
-def _truncate_numba(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], drops: Sequence[Drop]) -> Cut:
+def _truncate_numba(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], lefts: Sequence[int]) -> Tensor:
     fields = torch.empty(4, offsets.numel() - 1, dtype=torch.int64)
     ends, target = offsets.numpy(), fields.numpy()
     run_columns(
-        lambda column, *part: _cut_rows(ends, target, keeps[column], drops[column] == "left", *part),
+        lambda column, *part: _cut_rows(ends, target, keeps[column], lefts[column], *part),
         fields.shape[1],
         row_offsets,
         min_items=32768,
     )
-    return Cut(*fields.unbind(0))
+    return fields
 
 
-def _runs_reference(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int) -> Tensor:
-    runs = [values[start : start + size] for start, size in zip(starts.tolist(), lengths.tolist(), strict=True)]
-    return torch.cat([values[:0], *runs])
-
-
-def _runs_torch(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int) -> Tensor:
-    offsets = lengths_to_offsets(lengths)
-    shift = starts - offsets[:-1]
-    source = torch.arange(num_taken, device=values.device) + shift.repeat_interleave(lengths, output_size=num_taken)
-    return values.index_select(0, source)
-
-
-def _runs_numba(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int) -> Tensor:
-    out = values.new_empty((num_taken, *values.shape[1:]))
-    if num_taken == 0:
-        return out
-    width = out.numel() // num_taken
-    source, target, firsts = as_words(values), as_words(out), starts.numpy()
-    ends = lengths_to_offsets(lengths).numpy()
-    run_parts(lambda start, stop: _copy_runs(source, target, firsts, ends, width, start, stop), split(starts.numel()))
-    return out
+def _truncate_triton(offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[int], lefts: Sequence[int]) -> Tensor:
+    fields = torch.empty(4, offsets.numel() - 1, dtype=torch.int64, device=offsets.device)
+    table, programs = block_table(row_offsets, (keeps, lefts), _PER_PROGRAM, offsets.device)
+    sizes = len(keeps), fields.shape[1]
+    launch(_ragged_truncate_kernel, (programs,), offsets.contiguous(), table, fields, *sizes, BLOCK=_PER_PROGRAM)
+    return fields
 
 
 @njit
@@ -195,9 +229,31 @@ def _cut_rows(ends, target, keep, from_left, start, stop):
         target[3, row] = max(keep - length, 0)
 
 
-@njit
-def _copy_runs(source, target, firsts, ends, width, start, stop):
-    for row in range(start, stop):
-        first, at = firsts[row] * width, ends[row] * width
-        for i in range(ends[row + 1] * width - at):
-            target[at + i] = source[first + i]
+@jit
+def _ragged_truncate_kernel(offsets_ptr, table_ptr, out_ptr, num_columns, num_rows, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    column = column_of_program(table_ptr, program, num_columns)
+    row, mask = values_of_program(table_ptr, program, column, num_columns, BLOCK)
+    first = tl.load(offsets_ptr + row, mask=mask, other=0).to(tl.int64)
+    length = tl.load(offsets_ptr + row + 1, mask=mask, other=0).to(tl.int64) - first
+    keep = parameter_of_column(table_ptr, column, num_columns, 0)
+    dropped = tl.maximum(length - keep, 0)
+    start = first + dropped * parameter_of_column(table_ptr, column, num_columns, 1)
+    out_ptr += row
+    tl.store(out_ptr, start, mask=mask)
+    tl.store(out_ptr + num_rows, length - dropped, mask=mask)
+    tl.store(out_ptr + tl.full([], num_rows, tl.int64) * 2, dropped, mask=mask)
+    tl.store(out_ptr + tl.full([], num_rows, tl.int64) * 3, tl.maximum(keep - length, 0), mask=mask)
+
+
+@jit
+def _ragged_take_kernel(
+    offsets_ptr, dropped_ptr, picks_ptr, pick_offsets_ptr, out_ptr, num_rows, num_picks, BLOCK: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < num_picks
+    row = bag_of_place(pick_offsets_ptr, place, num_rows)
+    pick = tl.load(picks_ptr + place, mask=mask, other=-1).to(tl.int64)
+    flat = tl.load(offsets_ptr + row).to(tl.int64) + tl.load(dropped_ptr + row) + pick
+    inside = (pick >= 0) & (flat < tl.load(offsets_ptr + row + 1))
+    tl.store(out_ptr + place, tl.where(inside, flat, -1), mask=mask)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from recis_kernels.dispatch import Impl
 from recis_kernels.jagged import (
     bag_of_value,
     jagged_to_padded,
@@ -10,10 +11,11 @@ from recis_kernels.jagged import (
     merge_offsets,
     offsets_to_lengths,
     padded_to_jagged,
-    permute_bags,
     trimmed_lengths,
 )
 
+IMPLS: list[Impl] = ["torch", "numba", "triton"]
+ALL_IMPLS: list[Impl] = [*IMPLS, "reference"]
 LENGTHS = [[], [0], [4], [0, 3, 0], [1, 100, 7, 0, 0, 2]]
 
 
@@ -28,7 +30,10 @@ def test_lengths_and_offsets_invert_each_other(lengths, dtype):
     assert offsets.dtype == dtype
     assert offsets.tolist() == [sum(lengths[:bag]) for bag in range(len(lengths) + 1)]
     assert offsets_to_lengths(offsets).tolist() == lengths
-    assert bag_of_value(offsets, sum(lengths)).tolist() == [b for b, size in enumerate(lengths) for _ in range(size)]
+    for impl in ALL_IMPLS:
+        bags = bag_of_value(offsets, sum(lengths), impl=impl)
+        assert bags.dtype == torch.int64
+        assert bags.tolist() == [b for b, size in enumerate(lengths) for _ in range(size)]
 
 
 def test_merge_and_bag_numbers_by_hand():  # A19
@@ -49,17 +54,7 @@ def test_malformed_offsets_are_refused(wrong):
         jagged_to_padded(torch.zeros(0), wrong, 1)
 
 
-def test_permute_bags_by_hand_and_gradient():
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
-    turned, offsets = permute_bags(values, torch.tensor([0, 2, 2, 4]), torch.tensor([2, 0, 1]))
-    assert turned.tolist() == [3, 4, 1, 2]
-    assert offsets.tolist() == [0, 2, 4, 4]
-    (turned * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
-    assert values.grad is not None
-    assert values.grad.tolist() == [100, 1000, 1, 10]
-
-
-@pytest.mark.parametrize("impl", ["torch", "numba"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("dim", [None, 1, 7], ids="D{}".format)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -67,7 +62,7 @@ def test_padding_matches_reference(impl, dtype, dim, lengths):
     offsets = _offsets(lengths)
     shape = (sum(lengths),) if dim is None else (sum(lengths), dim)
     values = torch.randint(1, 100, shape).to(dtype)
-    for max_length in (0, 1, 5, 101):
+    for max_length in (0, 1, 5, 101) if impl != "triton" else (0, 1, 101):
         padded = jagged_to_padded(values, offsets, max_length, fill=9, impl=impl)
         want = jagged_to_padded(values, offsets, max_length, fill=9, impl="reference")
         assert padded.dtype == dtype
@@ -78,7 +73,7 @@ def test_padding_matches_reference(impl, dtype, dim, lengths):
             assert torch.equal(back, values)
 
 
-@pytest.mark.parametrize("impl", ["torch", "numba"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lengths", [[2, 0, 5], [0, 0]], ids=str)
 def test_padding_gradients_match_reference(impl, lengths):
     offsets = _offsets(lengths)
@@ -97,12 +92,46 @@ def test_padding_gradients_match_reference(impl, lengths):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_padding_is_one_node_for_torch_compile():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_huge_bag_and_values_apart(impl):
+    offsets = torch.tensor([0, 0, 5000, 5001], dtype=torch.int32)
+    values = torch.randn(5001, 6)[:, ::2]
+    padded = jagged_to_padded(values, offsets, 4999, fill=-1.5, impl=impl)
+    assert torch.equal(padded, jagged_to_padded(values, offsets, 4999, fill=-1.5, impl="reference"))
+    turned = padded.transpose(1, 2).contiguous().transpose(1, 2)
+    back = padded_to_jagged(turned, offsets, 5001, impl=impl)
+    assert torch.equal(back, padded_to_jagged(padded, offsets, 5001, impl="reference"))
+    assert bag_of_value(offsets, 5001, impl=impl).bincount(minlength=3).tolist() == [0, 5000, 1]
+
+
+def launches() -> None:
+    for dtype in (torch.uint8, torch.int16, torch.float32, torch.int64):
+        for index in (torch.int64, torch.int32):
+            offsets = torch.tensor([0, 2, 5], dtype=index)
+            for shape in ((5,), (5, 64)):
+                padded = jagged_to_padded(torch.zeros(shape).to(dtype), offsets, 3, fill=7, impl="triton")
+                padded_to_jagged(padded, offsets, 5, impl="triton")
+            bag_of_value(offsets, 5, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nodes_of_torch_compile(impl):
     offsets = _offsets([2, 1])
     values = torch.randn(3, 2, requires_grad=True)
-    torch.library.opcheck(torch.ops.recis.jagged_to_padded.default, (values, offsets, 3, 0.0))
+    torch.library.opcheck(torch.ops.recis.jagged_to_padded.default, (values, offsets, 3, 0.0, impl))
     padded = torch.randn(2, 3, 2, requires_grad=True)
-    torch.library.opcheck(torch.ops.recis.padded_to_jagged.default, (padded, offsets, 3))
+    torch.library.opcheck(torch.ops.recis.padded_to_jagged.default, (padded, offsets, 3, impl))
+    torch.library.opcheck(torch.ops.recis.bag_of_value.default, (offsets, 3, impl))
+
+    def there_and_back(values, offsets):
+        rows = jagged_to_padded(values, offsets, 2, fill=1.0, impl=impl)
+        bags = bag_of_value(merge_offsets([offsets, offsets]), 6, impl=impl)
+        return padded_to_jagged(rows * rows, offsets, 3, impl=impl) + bags[:3, None]
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values, offsets), there_and_back(values, offsets))
+    (got,) = torch.autograd.grad(compiled(values, offsets).sum(), values)
+    assert torch.equal(got, 2 * values)
 
 
 def test_trimmed_lengths_by_hand():
