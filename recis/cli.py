@@ -1,6 +1,7 @@
 """The command `recis`: one function per subcommand, each a few lines around the part that does the work.
 
-Exit codes: 0 ok, 1 failure or fault found, 2 usage (a wrong argument or setting), 3 partly done (bad rows listed).
+Exit codes: 0 ok, 1 failure or fault found, 2 usage (a wrong argument or setting), 3 partly done (bad rows listed, or
+gpu-check out of time).
 A failure is one line on stderr; `--debug` shows the traceback. Only faults of ours end in a traceback without it.
 """
 
@@ -201,6 +202,18 @@ def _bench_report(args: argparse.Namespace) -> int:
     return OK
 
 
+def _roofline(args: argparse.Namespace) -> int:
+    from recis.bench.roofline import run_command
+
+    return run_command(args)
+
+
+def _gpu_check(args: argparse.Namespace) -> int:
+    from recis.bench.gpu_check import run_command
+
+    return run_command(args)
+
+
 def _folder(path: Path) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; give the folder of a run or of a checkpoint")
@@ -238,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("file", type=Path, metavar="FILE.json")
     report.add_argument("--html", type=Path, help="also write a page with bars")
+    _add_measuring(commands)
     return parser
 
 
@@ -318,6 +332,28 @@ def _add_work(commands: Any) -> None:
     )
     recommend.add_argument("--k", type=int, default=20, help="items per user (default: 20)")
     recommend.add_argument("--out", type=Path, required=True, metavar="FILE.parquet", help="file to write")
+
+
+def _add_measuring(commands: Any) -> None:
+    """Commands that measure the machine."""
+    from recis.bench import gpu_options, roofline_options
+
+    roofline = _add(
+        commands,
+        "roofline",
+        _roofline,
+        "Measure what this machine can do (10 s); with --full, each op beside that limit and beside other libraries.",
+        "recis roofline\n  recis roofline --full --out roofline",
+    )
+    roofline_options(roofline)
+    check = _add(
+        commands,
+        "gpu-check",
+        _gpu_check,
+        "On a GPU: run the kernel tests, compute-sanitizer and the benchmark table; goes on where the last one stopped.",
+        "recis gpu-check --out benchmarks/results/h200 --max-minutes 25",
+    )
+    gpu_options(check)
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

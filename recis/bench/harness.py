@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recis.bench.stored import fresh
+
 MIN_ROUNDS = 30
 MAX_SPREAD = 1.5  # p80 / p20 of our own run; above it the machine was busy and the run is repeated
 MAX_ATTEMPTS = 3
@@ -60,7 +62,7 @@ def compare(
     attempts = 0
     while attempts < MAX_ATTEMPTS:
         attempts += 1
-        times = _alternate(impls, rounds, device)
+        times = alternate(impls, rounds, device)
         if _spread(times[ours]) <= MAX_SPREAD:
             break
     # pytest-benchmark keeps its own record of ours; the peers run in each round's set-up, so that its rounds are alternated too
@@ -73,6 +75,7 @@ def compare(
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
+        "copy_gb_per_s": round(copy_gb_per_s(device), 2) if bytes_moved is not None else None,
         "rounds": rounds,
         "attempts": attempts,
         "spread": round(_spread(times[ours]), 3),
@@ -115,32 +118,45 @@ def device_name(device: str) -> str:
 
 @cache
 def copy_gb_per_s(device: str = "cpu", size_mib: int = 256) -> float:
-    """Measure this machine's copy bandwidth now: bytes read + written per second of a large copy, median of 9."""
+    """Return this machine's copy bandwidth: bytes read + written per second of a large copy, median of 9.
+
+    Measured here and now; of a CPU, what `recis roofline` measured today on the quiet machine is taken where it is fresh.
+    """
+    stored = None if device.startswith("cuda") else fresh("cpu")
+    if stored is not None:
+        return stored["copy_gb_per_s"]
+    return measure_copy(device, size_mib)
+
+
+def measure_copy(device: str, size_mib: int) -> float:
+    """Measure the copy bandwidth now."""
     source = torch.ones(size_mib * 2**20 // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    seconds = [_time_once(lambda: target.copy_(source), device) for _ in range(11)]
+    seconds = [time_once(lambda: target.copy_(source), device) for _ in range(11)]
     return 2 * source.numel() * 4 / float(np.median(seconds[2:])) / 1e9
 
 
-def _alternate(impls: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def alternate(impls: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Return the seconds of each call of each implementation: every round runs all of them, in a shifted order."""
     times: dict[str, list[float]] = {name: [] for name in impls}
     names = list(impls)
     for round_index in range(rounds):
         shift = round_index % len(names)  # no implementation always follows the same neighbour
         for name in names[shift:] + names[:shift]:
             time.sleep(SETTLE_S)
-            times[name].append(_time_once(impls[name], device))
+            times[name].append(time_once(impls[name], device))
     return times
 
 
 def _peers_once(impls: Mapping[str, Callable[[], object]], ours: str, device: str) -> None:
     for name, run in impls.items():
         if name != ours:
-            _time_once(run, device)
+            time_once(run, device)
     time.sleep(SETTLE_S)
 
 
-def _time_once(run: Callable[[], object], device: str) -> float:
+def time_once(run: Callable[[], object], device: str) -> float:
+    """Return the seconds of one call; on a GPU by events."""
     if device.startswith("cuda"):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
