@@ -54,6 +54,7 @@ __all__ = [
 # Rows fetched at once, one such group ahead of the update. A fetch waits for its address translation, and an update is
 # longer than what a core looks ahead: asking row by row would wait for one translation after the other.
 GROUP = 8
+ROWS_AHEAD = 12
 MIN_WORK_PER_THREAD = 1024  # contributions, with a row counted as four
 
 
@@ -238,19 +239,11 @@ def _place(blocks: RowBlocks, rule: UpdateRule) -> tuple[int, ...]:
 
 
 @njit
-def _fetch_rows(pointers, rows, shift, row_bytes, start, stop):
-    """Ask for the rows of rows[start:stop]: the first lines of all, so that translations overlap, then the rest."""
-    mask = (1 << shift) - 1
-    for u in range(start, stop):
-        row = rows[u]
-        if row >= 0:
-            prefetch(pointers[row >> shift] + (row & mask) * row_bytes)
-    for u in range(start, stop):
-        row = rows[u]
-        if row >= 0:
-            address = pointers[row >> shift] + (row & mask) * row_bytes
-            for line in range(64, row_bytes, 64):
-                prefetch(address + line)
+def _fetch_row(pointers, row, shift, row_bytes):
+    if row >= 0:
+        address = pointers[row >> shift] + (row & ((1 << shift) - 1)) * row_bytes
+        for line in range(0, row_bytes, 64):
+            prefetch(address + line)
 
 
 @njit
@@ -268,11 +261,13 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
     num_bad = 0
     padded = scratch.shape[1]
     wide_at = scratch.ctypes.data
-    _fetch_rows(pointers, rows, shift, row_bytes, start, min(start + GROUP, stop))
+    for u in range(start, min(start + ROWS_AHEAD, stop)):
+        _fetch_row(pointers, rows[u], shift, row_bytes)
     for first in range(start, stop, GROUP):
         last = min(first + GROUP, stop)
-        _fetch_rows(pointers, rows, shift, row_bytes, last, min(last + GROUP, stop))
         for u in range(first, last):
+            if u + ROWS_AHEAD < stop:
+                _fetch_row(pointers, rows[u + ROWS_AHEAD], shift, row_bytes)
             row = rows[u]
             ready[u - first] = 0
             if row < 0:

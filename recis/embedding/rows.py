@@ -141,7 +141,7 @@ class RowStore:
         unique = unique_ids(ids, tables, offsets)
         rows = self.index.find(unique.ids, unique.segments)
         found = StoreLookup(self, unique.ids, unique.segments, unique.counts, unique.inverse, rows, rows, source=source)
-        missing = (rows < 0).nonzero().squeeze(1)
+        missing = torch.from_numpy(np.flatnonzero(rows.numpy() < 0))  # a torch comparison would wake OpenMP's workers
         if train:
             if missing.numel():
                 missing = self._admit(found, missing)
