@@ -107,7 +107,7 @@ def _grouped(
     keep: list[Tensor] = []
     base = 0
     for view in sorted(views, key=lambda view: view.micro_batch):
-        _check(view, num_rows, dim)
+        check_view(view, num_rows, dim)
         if not groups or groups[-1][1:] != (view.stride, view.micro_batch):
             groups.append(([], view.stride, view.micro_batch))
         groups[-1][0].append(_features(view, keep))
@@ -138,7 +138,7 @@ def _features(view: "RowGrad", keep: list[Tensor]) -> np.ndarray:
     return lines
 
 
-def _check(view: "RowGrad", num_rows: int, dim: int) -> None:
+def check_view(view: "RowGrad", num_rows: int, dim: int) -> None:
     if view.inverse.ndim != 1 or view.inverse.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"inverse must be [L] int32 or int64; got {tuple(view.inverse.shape)} {view.inverse.dtype}")
     if view.offsets.ndim != 1 or view.offsets.numel() == 0 or view.offsets.dtype != torch.int64:

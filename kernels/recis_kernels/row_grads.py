@@ -6,7 +6,8 @@ A lookup finds U distinct rows for L positions. Its views say how the positions 
 each), and backward puts the upstream gradient into each view. Nothing of size [L, D] is made: contributions are listed
 per row (a counting sort) in ascending (micro-batch, sample, feature, position). The sum is a left fold in fp32 in that
 order, starting from the first contribution, so it depends neither on threads nor on how a batch was cut into
-micro-batches. Cost: two passes over the positions for the lists, then the upstream rows once per position.
+micro-batches. Cost: two passes over the positions for the lists, then the upstream rows once per position. On a GPU the lists
+come from a stable sort (grad_lists_triton.py) and the sums have the same bits; nothing waits for the device.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.grad_lists import MIN_POSITIONS_PER_THREAD, GradLists, fold_row, list_grads
+from recis_kernels.grad_lists_triton import list_grads_on_device, reduce_lists, square_lists
 from recis_kernels.lanes import lane_scratch, square_sum
 from recis_kernels.threads import run_parts
 from recis_kernels.unique_ids import unique_ids
@@ -66,20 +68,22 @@ class PendingLookup:
         table_of_row: [U] int32; index of the row's logical table in the store.
         counts: [U] int32; sightings = positions of the row's id in this lookup, whether or not a gradient reaches them.
         views: how the positions were used.
-        scale: what the sums are multiplied with before the update (clipping); 1 = as they are.
+        scale: what the sums are multiplied with before the update (clipping, one over a loss scale); 1 = as they are. A
+            tensor of one element stays on its device: no host sync.
     """
 
     rows: Tensor
     table_of_row: Tensor
     counts: Tensor
     views: list[RowGrad] = field(default_factory=list)
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
 
-def merge_lookups(lookups: Sequence[PendingLookup]) -> PendingLookup:
+def merge_lookups(lookups: Sequence[PendingLookup], *, impl: Impl = "auto") -> PendingLookup:
     """Return one lookup over the union of the rows: counts added, views pointed at the union.
 
-    One lookup is returned as it is. Lookups of unequal scale get it through the factors of their views.
+    One lookup is returned as it is. Lookups of unequal scale get it through the factors of their views. On a GPU the
+    union is ascending and padded with -1 to the rows given, so that nothing waits for its size.
 
     Raises:
         ValueError: no lookup given.
@@ -88,13 +92,13 @@ def merge_lookups(lookups: Sequence[PendingLookup]) -> PendingLookup:
         raise ValueError("merge_lookups needs at least one lookup; got none")
     if len(lookups) == 1:
         return lookups[0]
-    union = unique_ids(torch.cat([lookup.rows for lookup in lookups]))
-    rows, index = union.ids, union.inverse.long()
-    table_of_row = torch.empty(rows.numel(), dtype=torch.int32)
+    given = torch.cat([lookup.rows for lookup in lookups])
+    rows, index = choose(impl, given, numba=_union_numba, torch=_union_sorted)(given)
+    table_of_row = rows.new_zeros(rows.numel(), dtype=torch.int32)
     table_of_row[index] = torch.cat([lookup.table_of_row for lookup in lookups])
-    counts = torch.zeros(rows.numel(), dtype=torch.int64)
+    counts = torch.zeros_like(rows)
     counts.index_add_(0, index, torch.cat([lookup.counts for lookup in lookups]).long())
-    same_scale = len({lookup.scale for lookup in lookups}) == 1
+    same_scale = all(_same_scale(lookup.scale, lookups[0].scale) for lookup in lookups)
     views = []
     for lookup, part in zip(lookups, index.split([lookup.rows.numel() for lookup in lookups]), strict=True):
         # one entry more than rows: inverse -1 picks the last one and stays -1
@@ -102,14 +106,34 @@ def merge_lookups(lookups: Sequence[PendingLookup]) -> PendingLookup:
         for view in lookup.views:
             factors = view.factors
             if not same_scale:
-                ones = torch.ones(view.inverse.numel()) if factors is None else factors
-                factors = ones * lookup.scale
+                ones = view.inverse.new_ones(view.inverse.numel(), dtype=torch.float32) if factors is None else factors
+                factors = (ones * lookup.scale).float()
             views.append(replace(view, inverse=to_union[view.inverse.long()], factors=factors))
     scale = lookups[0].scale if same_scale else 1.0
     return PendingLookup(rows, table_of_row, counts.clamp(max=2**31 - 1).to(torch.int32), views, scale)
 
 
-def reduce_lookups(lookups: Sequence[PendingLookup], dim: int) -> PendingLookup:
+def _same_scale(one: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two scales are known to be equal without reading a tensor."""
+    return one is other if isinstance(one, Tensor) or isinstance(other, Tensor) else one == other
+
+
+def _union_numba(rows: Tensor) -> tuple[Tensor, Tensor]:
+    union = unique_ids(rows)
+    return union.ids, union.inverse.long()
+
+
+def _union_sorted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (distinct rows ascending, padded with -1 to the length given; index of each row among them)."""
+    ascending, order = rows.sort(stable=True)
+    starts = torch.ones_like(ascending)
+    starts[1:] = ascending[1:] != ascending[:-1]
+    number = starts.cumsum(0) - 1
+    index = torch.empty_like(order).scatter_(0, order, number)
+    return torch.full_like(rows, -1).scatter_(0, index, rows), index
+
+
+def reduce_lookups(lookups: Sequence[PendingLookup], dim: int, *, impl: Impl = "auto") -> PendingLookup:
     """Return a lookup in which every row occurs once, with its summed gradient [U, D] as the one view.
 
     Rows that no gradient reached keep none (inverse -1). Updating from the result gives the bits of updating from
@@ -117,15 +141,10 @@ def reduce_lookups(lookups: Sequence[PendingLookup], dim: int) -> PendingLookup:
     """
     merged = merge_lookups(lookups)
     num_rows = merged.rows.numel()
-    lists = list_grads(merged.views, num_rows, dim)
-    reached = torch.from_numpy(np.diff(lists.starts) > 0)
-    order = torch.arange(num_rows + 1)
+    sums, reached = choose(impl, merged.rows, triton=_sums_triton, numba=_sums_numba)(merged.views, num_rows, dim)
+    order = torch.arange(num_rows + 1, device=reached.device)
     view = RowGrad(
-        inverse=torch.where(reached, order[:-1], -1),
-        offsets=order,
-        stride=num_rows,
-        per_position=True,
-        grad=_sums(lists, dim),
+        inverse=torch.where(reached, order[:-1], -1), offsets=order, stride=num_rows, per_position=True, grad=sums
     )
     return PendingLookup(merged.rows, merged.table_of_row, merged.counts, [view], merged.scale)
 
@@ -139,8 +158,66 @@ def reduce_grads(views: Sequence[RowGrad], num_rows: int, dim: int, *, impl: Imp
     Raises:
         ValueError: shapes or dtypes of a view do not fit together; with `checks()`, also a wrong content.
     """
+    if torch.compiler.is_compiling():
+        return _reduce_op(*split_views(views), num_rows, dim, impl)
     probe = views[0].inverse if views else torch.empty(0)
-    return choose(impl, probe, numba=_numba, reference=_reference)(views, num_rows, dim)
+    return choose(impl, probe, triton=_triton, numba=_numba, reference=_reference)(views, num_rows, dim)
+
+
+# ---- views as a registered op takes them: only those with a gradient, part by part
+
+SplitViews = tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor], list[int], list[bool], list[int]]
+
+
+def split_views(views: Sequence[RowGrad]) -> SplitViews:
+    """Return (inverses, offsets, factors, grads, strides, per_position, micro_batches) of the views with a gradient."""
+    used = [view for view in views if view.grad is not None]
+    return (
+        [view.inverse for view in used],
+        [view.offsets for view in used],
+        [view.factors for view in used],
+        [view.grad for view in used if view.grad is not None],
+        [view.stride for view in used],
+        [view.per_position for view in used],
+        [view.micro_batch for view in used],
+    )
+
+
+def join_views(
+    inverses: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    strides: Sequence[int],
+    per_position: Sequence[bool],
+    micro_batches: Sequence[int],
+) -> list[RowGrad]:
+    """Return the views that split_views took apart."""
+    parts = zip(inverses, offsets, strides, factors, per_position, micro_batches, grads, strict=True)
+    return [RowGrad(*part) for part in parts]
+
+
+@torch.library.custom_op("recis::reduce_grads", mutates_args=())
+def _reduce_op(
+    inverses: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    strides: Sequence[int],
+    per_position: Sequence[bool],
+    micro_batches: Sequence[int],
+    num_rows: int,
+    dim: int,
+    impl: str,
+) -> Tensor:
+    views = join_views(inverses, offsets, factors, grads, strides, per_position, micro_batches)
+    return reduce_grads(views, num_rows, dim, impl=impl)  # type: ignore[arg-type]
+
+
+@_reduce_op.register_fake
+def _(inverses, offsets, factors, grads, strides, per_position, micro_batches, num_rows, dim, impl):
+    like = inverses[0] if inverses else torch.empty(0)
+    return like.new_empty((num_rows, dim), dtype=torch.float32)
 
 
 def _reference(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
@@ -157,8 +234,23 @@ def _reference(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
     return sums.float()
 
 
+def _triton(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
+    return _sums_triton(views, num_rows, dim)[0]
+
+
 def _numba(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
     return _sums(list_grads(views, num_rows, dim), dim)
+
+
+def _sums_triton(views: Sequence[RowGrad], num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    device = views[0].inverse.device if views else torch.device("cpu")
+    lists = list_grads_on_device(views, num_rows, dim, device)
+    return reduce_lists(lists, dim), lists.last > lists.first
+
+
+def _sums_numba(views: Sequence[RowGrad], num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    lists = list_grads(views, num_rows, dim)
+    return _sums(lists, dim), torch.from_numpy(np.diff(lists.starts) > 0)
 
 
 def _sums(lists: GradLists, dim: int) -> Tensor:
@@ -171,8 +263,19 @@ def _sums(lists: GradLists, dim: int) -> Tensor:
     return sums
 
 
-def row_square_sums(lookup: PendingLookup, dim: int) -> Tensor:
+def row_square_sums(lookup: PendingLookup, dim: int, *, impl: Impl = "auto") -> Tensor:
     """Return the squared norm of each row's summed and scaled gradient, [U] float64; 0 where no row or no gradient is."""
+    norms = choose(impl, lookup.rows, triton=_squares_triton, numba=_squares_numba)(lookup, dim)
+    return norms.mul_(lookup.scale**2)
+
+
+def _squares_triton(lookup: PendingLookup, dim: int) -> Tensor:
+    rows = lookup.rows.contiguous()
+    lists = list_grads_on_device(lookup.views, rows.numel(), dim, rows.device)
+    return square_lists(lists, rows, dim)
+
+
+def _squares_numba(lookup: PendingLookup, dim: int) -> Tensor:
     lists = list_grads(lookup.views, lookup.rows.numel(), dim)
     norms = torch.zeros(lookup.rows.numel(), dtype=torch.float64)
     rows = lookup.rows.contiguous()
@@ -182,7 +285,7 @@ def row_square_sums(lookup: PendingLookup, dim: int) -> Tensor:
         _square_loop(lists.starts, *lists.addresses, rows.numpy(), dim, scratch, norms.numpy(), start, stop)
 
     run_parts(loop, lists.parts(MIN_POSITIONS_PER_THREAD))
-    return norms.mul_(lookup.scale**2)
+    return norms
 
 
 @njit

@@ -19,7 +19,7 @@ Sources: Duchi et al. 2011; Kingma & Ba 2015; Loshchilov & Hutter 2019; McMahan 
 adamw_tf as in TensorFlow Addons.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -78,6 +78,14 @@ _CODES = {
 }
 
 
+def rule_of(name: str, row_steps: bool = False) -> UpdateRule:
+    """Return the rule of a name, what registered ops carry in its place; ValueError names the rules there are."""
+    rules = {rule.name: rule for rule in (SGD, SGD_MOMENTUM, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, ADAMW, ADAMW_TF, FTRL)}
+    if name not in rules:
+        raise ValueError(f"no rule {name!r}; there are {list(rules)}")
+    return replace(rules[name], row_steps=row_steps)
+
+
 def fold_scalars(rule: UpdateRule, scalars: Tensor) -> Tensor:
     """Return what the row loops read, float64 [T, NUM_FOLDED], from scalars [T, K] float64 (columns rule.scalars).
 
@@ -89,7 +97,7 @@ def fold_scalars(rule: UpdateRule, scalars: Tensor) -> Tensor:
             f"scalars of {rule.name} must be [T, {len(rule.scalars)}] float64, columns {rule.scalars}; "
             f"got {tuple(scalars.shape)} {scalars.dtype}"
         )
-    folded = torch.zeros(scalars.shape[0], NUM_FOLDED, dtype=torch.float64)
+    folded = scalars.new_zeros(scalars.shape[0], NUM_FOLDED)
     if rule.code != _ADAM:
         folded[:, : scalars.shape[1]] = scalars
         return folded

@@ -7,6 +7,9 @@ needs the norm of all sums first (`row_square_sums`) and then scales in this pas
 to equal bits. Threads own ranges of distinct
 rows. Rows are fetched some rows ahead, because a random row costs a wait on memory that would otherwise be most of the
 time. Least traffic: 12 D + 8 bytes a row for row-wise Adagrad, 28 D for Adam, 16 for the metadata in the same lines.
+
+On a GPU one pass of a Triton kernel does the same with the same bits (row_rules_triton.py names the one exception), and
+`fused_update_flags` waits for nothing: which rows were left is a tensor on the device.
 """
 
 from collections.abc import Sequence
@@ -16,18 +19,22 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import load_int32, load_int64, store_int32
+from recis_kernels.columns import to_device
 from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
 from recis_kernels.grad_lists import SOURCES_AHEAD, fetch_source, fold_row, list_grads
+from recis_kernels.grad_lists_triton import cut_long_runs, list_grads_on_device
 from recis_kernels.lanes import NUM_LANES, lane_scratch, scale_is_finite, square_sum
 from recis_kernels.philox import rounding_stream
 from recis_kernels.prefetch import prefetch
-from recis_kernels.row_blocks import RowBlocks
+from recis_kernels.row_blocks import RowBlocks, layout_of_key
 from recis_kernels.row_grads import (
     PendingLookup,
     RowGrad,
+    join_views,
     merge_lookups,
     reduce_grads,
     reduce_lookups,
+    split_views,
 )
 from recis_kernels.row_rounding import round_row, round_stochastic, widen_row
 from recis_kernels.row_rules import (
@@ -37,14 +44,17 @@ from recis_kernels.row_rules import (
     fold_scalars,
     has_coupled_decay,
     reference_update,
+    rule_of,
     update_row,
 )
+from recis_kernels.sparse_update_triton import update
 from recis_kernels.threads import run_parts
 
 __all__ = [
     "PendingLookup",
     "RowGrad",
     "fused_update",
+    "fused_update_flags",
     "merge_lookups",
     "reduce_grads",
     "reduce_lookups",
@@ -67,24 +77,118 @@ def fused_update(
     step: int,
     keys: Tensor | None = None,
     record_seen: bool = True,
+    deterministic: bool = True,
     impl: Impl = "auto",
 ) -> tuple[PendingLookup, Tensor]:
     """Apply the gradients of all lookups to their rows, in place.
 
     Args:
         lookups: at least one; rows of -1 are skipped.
-        scalars: [T, K] float64, columns rule.scalars, one line per logical table of the store.
+        scalars: [T, K] float64, columns rule.scalars, one line per logical table of the store; on any device.
         step: optimizer step, for stochastic rounding and last_seen.
         keys: key64 of each table, int64 [T]; needed for bfloat16 rows.
         record_seen: also set last_seen to `step` and add counts, for every row found, with or without a gradient.
+        deterministic: sum in the order stated in row_grads, with the CPU's bits. False, on a GPU: a row with more than 1024
+            contributions is summed in pieces of 256, which is many times faster for an id that is in every bag; equal
+            from run to run, but other bits than the CPU's. The CPU always keeps the order.
 
     Returns:
         The merged lookup, and the indices [M] int64 into its rows, ascending, of those left as they were because their
-        gradient is NaN or infinite (their metadata is recorded).
+        gradient is NaN or infinite (their metadata is recorded). On a GPU the indices cost a host sync;
+        fused_update_flags does without.
 
     Raises:
         ValueError: shapes or dtypes do not fit, keys are missing, or the layout lacks a state of the rule.
     """
+    lookup, bad = _update(blocks, lookups, rule, scalars, step, keys, record_seen, deterministic, impl)
+    return lookup, bad.nonzero().squeeze(1) if bad.dtype == torch.bool else bad
+
+
+def fused_update_flags(
+    blocks: RowBlocks,
+    lookups: Sequence[PendingLookup],
+    rule: UpdateRule,
+    scalars: Tensor,
+    *,
+    step: int,
+    keys: Tensor | None = None,
+    record_seen: bool = True,
+    deterministic: bool = True,
+    impl: Impl = "auto",
+) -> tuple[PendingLookup, Tensor]:
+    """As fused_update, with bool [U] on the rows' device in place of indices: True where a row was left as it was.
+
+    No host sync on a GPU: sum the flags on the device and read the sum when it is asked for. Known to torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        lookup = merge_lookups(lookups)
+        op = (blocks.blocks, blocks.layout_key, blocks.shift, lookup.rows, lookup.table_of_row, lookup.counts)
+        numbers = (rule.name, rule.row_steps, scalars, step, keys, record_seen, deterministic, impl)
+        return lookup, _update_op(*op, *split_views(lookup.views), _scale_of(lookup), *numbers)
+    lookup, bad = _update(blocks, lookups, rule, scalars, step, keys, record_seen, deterministic, impl)
+    return lookup, _flags(bad, lookup.rows.numel())
+
+
+def _flags(bad: Tensor, num_rows: int) -> Tensor:
+    return bad if bad.dtype == torch.bool else torch.zeros(num_rows, dtype=torch.bool).index_fill_(0, bad, True)
+
+
+def _scale_of(lookup: PendingLookup) -> Tensor:
+    """Return the scale, float32 [1], on the rows' device."""
+    if isinstance(lookup.scale, Tensor):
+        return lookup.scale.detach().reshape(1).to(lookup.rows.device, torch.float32)
+    return torch.full((1,), lookup.scale, dtype=torch.float32, device=lookup.rows.device)
+
+
+@torch.library.custom_op("recis::fused_update", mutates_args=("blocks",))
+def _update_op(
+    blocks: Sequence[Tensor],
+    layout: str,
+    shift: int,
+    rows: Tensor,
+    table_of_row: Tensor,
+    counts: Tensor,
+    inverses: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    strides: Sequence[int],
+    per_position: Sequence[bool],
+    micro_batches: Sequence[int],
+    scale: Tensor,
+    rule: str,
+    row_steps: bool,
+    scalars: Tensor,
+    step: int,
+    keys: Tensor | None,
+    record_seen: bool,
+    deterministic: bool,
+    impl: str,
+) -> Tensor:
+    store = RowBlocks.over(layout_of_key(layout), shift, blocks, rows.device)
+    views = join_views(inverses, offsets, factors, grads, strides, per_position, micro_batches)
+    lookup = PendingLookup(rows, table_of_row, counts, views, scale)
+    numbers = (rule_of(rule, row_steps), scalars, step, keys, record_seen, deterministic, impl)
+    return _flags(_update(store, [lookup], *numbers)[1], rows.numel())  # type: ignore[arg-type]
+
+
+@_update_op.register_fake
+def _(blocks, layout, shift, rows, *rest):
+    return rows.new_empty(rows.shape, dtype=torch.bool)
+
+
+def _update(
+    blocks: RowBlocks,
+    lookups: Sequence[PendingLookup],
+    rule: UpdateRule,
+    scalars: Tensor,
+    step: int,
+    keys: Tensor | None,
+    record_seen: bool,
+    deterministic: bool,
+    impl: Impl,
+) -> tuple[PendingLookup, Tensor]:
+    """Return the merged lookup and which rows were left: indices from the CPU versions, flags from Triton."""
     layout = blocks.layout
     needed = (*rule.states, ROW_STEPS) if rule.row_steps else rule.states
     if not set(needed) <= set(dict(layout.state)):
@@ -98,10 +202,11 @@ def fused_update(
             raise ValueError(f"{name} must be [U] {dtype}; got {tuple(tensor.shape)} {tensor.dtype}")
     if checks_enabled():
         _check_content(blocks, lookup, scalars.shape[0])
-    run = choose(impl, lookup.rows, numba=_numba, reference=_reference)
+    run = choose(impl, lookup.rows, triton=_triton, numba=_numba, reference=_reference)
     folded = fold_scalars(rule, scalars)
-    bad = run(blocks, lookup, rule, scalars if run is _reference else folded, step, keys, record_seen)
-    return lookup, bad
+    if run is _triton:
+        return lookup, _triton(blocks, lookup, rule, folded, step, keys, record_seen, deterministic)
+    return lookup, run(blocks, lookup, rule, scalars if run is _reference else folded, step, keys, record_seen)
 
 
 def _check_content(blocks: RowBlocks, lookup: PendingLookup, num_tables: int) -> None:
@@ -126,7 +231,7 @@ def update_rows(
     step: int,
     table_of_row: Tensor | None = None,
     keys: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     impl: Impl = "auto",
 ) -> Tensor:
     """Update distinct rows [U] (-1 skipped) with their summed gradients [U, D]; metadata stays. See fused_update.
@@ -134,10 +239,10 @@ def update_rows(
     table_of_row: [U] int32 line of `scalars`; None: line 0 for all. Returns the indices of rows with non-finite gradient.
     """
     num_rows = rows.numel()
-    tables = torch.zeros(num_rows, dtype=torch.int32) if table_of_row is None else table_of_row
-    order = torch.arange(num_rows + 1)
+    tables = rows.new_zeros(num_rows, dtype=torch.int32) if table_of_row is None else table_of_row
+    order = torch.arange(num_rows + 1, device=rows.device)
     view = RowGrad(inverse=order[:-1], offsets=order, stride=num_rows, per_position=True, grad=grads)
-    lookup = PendingLookup(rows, tables, torch.zeros(num_rows, dtype=torch.int32), [view], scale)
+    lookup = PendingLookup(rows, tables, rows.new_zeros(num_rows, dtype=torch.int32), [view], scale)
     return fused_update(blocks, [lookup], rule, scalars, step=step, keys=keys, record_seen=False, impl=impl)[1]
 
 
@@ -177,6 +282,30 @@ def _reference(
     return bad
 
 
+def _beside(table: Tensor, rows: Tensor) -> Tensor:
+    return table if table.device == rows.device else to_device(table, rows.device)
+
+
+def _triton(
+    blocks: RowBlocks,
+    lookup: PendingLookup,
+    rule: UpdateRule,
+    folded: Tensor,
+    step: int,
+    keys: Tensor | None,
+    record_seen: bool,
+    deterministic: bool,
+) -> Tensor:
+    rows, tables, counts = (t.contiguous() for t in (lookup.rows, lookup.table_of_row, lookup.counts))
+    lists = list_grads_on_device(lookup.views, rows.numel(), blocks.layout.dim, rows.device)
+    if not deterministic:
+        lists = cut_long_runs(lists, blocks.layout.dim)
+    numbers = _beside(folded, rows), _scale_of(lookup)
+    own_keys = None if keys is None else _beside(keys.contiguous(), rows)
+    given = (blocks, rows, tables, counts, lists, rule, *numbers)
+    return update(*given, step=step, keys=own_keys, record_seen=record_seen)
+
+
 def _numba(
     blocks: RowBlocks,
     lookup: PendingLookup,
@@ -192,7 +321,7 @@ def _numba(
     rows, tables, counts = (t.contiguous().numpy() for t in (lookup.rows, lookup.table_of_row, lookup.counts))
     table_keys = np.zeros(1, np.int64) if keys is None else keys.contiguous().numpy()
     bad = np.empty(num_rows, dtype=np.int64)  # mapped lazily: costs nothing while no row is bad
-    pointers, scale = blocks.pointers.numpy(), np.float32(lookup.scale)
+    pointers, scale = blocks.pointers.numpy(), np.float32(float(lookup.scale))
     seen_step = step if record_seen else -1
     # a rule with coupled decay changes the gradient, and loops over sixteen floats read past a row of another width
     is_direct = not lists.factors.size and scale == 1 and blocks.layout.dim % NUM_LANES == 0

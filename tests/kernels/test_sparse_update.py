@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recis_kernels import checks
+from recis_kernels import checks, grad_lists_triton
 from recis_kernels.philox import table_key
 from recis_kernels.row_blocks import RowBlocks, RowLayout
 from recis_kernels.row_grads import PendingLookup, RowGrad, reduce_grads, reduce_lookups
@@ -21,7 +21,7 @@ from recis_kernels.row_rules import (
     fold_scalars,
     reference_update,
 )
-from recis_kernels.sparse_update import fused_update, update_rows
+from recis_kernels.sparse_update import fused_update, fused_update_flags, update_rows
 
 BY_ROW = UpdateRule("adam", ("m", "v"), ADAM.scalars, row_steps=True)
 BY_ROW_TF = UpdateRule("adamw_tf", ("m", "v"), ADAM.scalars, row_steps=True)
@@ -143,6 +143,170 @@ def test_fused_matches_reference_and_two_passes(rule, dtype):
             assert torch.equal(got[name], value), name
 
 
+TRITON_CASES = [
+    (16, torch.float32),
+    (21, torch.bfloat16),
+    (64, torch.float32),
+    (64, torch.bfloat16),
+    (520, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), TRITON_CASES, ids=str)
+@pytest.mark.parametrize("rule", SCALARS, ids=NAMES)
+def test_triton_gives_the_bytes_of_numba(rule, dim, dtype):
+    """Every byte of every row: weights, states, metadata, padding; two lookups, factors, a scale, two tables."""
+    lookups = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lookup = random_lookup(30, dim, stride=7)
+        lookup.scale = 0.37
+        lookup.views[0].micro_batch = seed
+        lookup.views[0].factors = torch.randn(lookup.views[0].inverse.numel()) if seed == 1 else None
+        lookups.append(lookup)
+    stores = []
+    for impl in ("numba", "triton"):
+        blocks = store_of(rule, 30, dim, dtype)
+        _, bad = fused_update(blocks, lookups, rule, scalars_of(rule), step=5, keys=KEYS, impl=impl)
+        assert bad.tolist() == []
+        stores.append(everything(blocks))
+    assert torch.equal(*stores)
+
+
+@pytest.mark.parametrize("rule", [ROW_WISE_ADAGRAD, ADAM, BY_ROW], ids=["row_wise_adagrad", "adam", "adam_by_row"])
+def test_triton_matches_float64(rule):
+    blocks = store_of(rule, 30, 33)
+    old, rows, grads = blocks.read(torch.arange(30)), torch.randperm(30)[:20], torch.randn(20, 33)
+    tables = torch.arange(20, dtype=torch.int32) % 2
+    scale = torch.tensor(0.5)
+    numbers = {"table_of_row": tables, "scale": scale, "impl": "triton"}
+    assert update_rows(blocks, rows, grads, rule, scalars_of(rule), step=3, **numbers).tolist() == []
+    state = {name: old[f"state.{name}"][rows] for name, _ in blocks.layout.state}
+    weight, state = reference_update(rule, old["weight"][rows], state, grads * 0.5, scalars_of(rule)[tables.long()])
+    new = blocks.read(rows)
+    torch.testing.assert_close(new["weight"].double(), weight, rtol=2e-6, atol=1e-6)
+    for name, value in state.items():
+        torch.testing.assert_close(new[f"state.{name}"].double(), value, rtol=1e-6, atol=1e-6)
+
+
+def test_corrections_by_row_count_hold_for_any_count():
+    """t of a row from 0 to the largest that float32 counts: bits of numba's pow, or one float32 ulp beside."""
+    counts = torch.tensor([0, 1, 2, 3, 10, 999, 12345, 2**20, 2**24 - 2]).float()[:, None]
+    weights = []
+    for impl in ("numba", "triton"):
+        blocks = store_of(BY_ROW, 9, 5)
+        blocks.write(torch.arange(9), {"state.t": counts})
+        torch.manual_seed(1)
+        update_rows(blocks, torch.arange(9), torch.randn(9, 5), BY_ROW, scalars_of(BY_ROW), step=1, impl=impl)
+        new = blocks.read(torch.arange(9))
+        assert torch.equal(new["state.t"], counts + 1)
+        weights.append(new["weight"])
+    torch.testing.assert_close(weights[1], weights[0], rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_runs_in_any_order(weighted, monkeypatch):
+    """Runs are long above 64 here, pieces 16. A tree is close to the fold, and the fold is numba's."""
+    monkeypatch.setattr(grad_lists_triton, "LONG_RUN", 64)
+    monkeypatch.setattr(grad_lists_triton, "PIECE", 16)
+    lengths = [150, 65, 64, 1]
+    inverse = torch.arange(4).repeat_interleave(torch.tensor(lengths))[torch.randperm(sum(lengths))]
+    view = RowGrad(inverse, torch.arange(inverse.numel() + 1), inverse.numel(), grad=torch.randn(inverse.numel(), 20))
+    view.factors = torch.rand(inverse.numel()) if weighted else None
+    lookup = PendingLookup(torch.arange(4), torch.zeros(4, dtype=torch.int32), torch.ones(4, dtype=torch.int32), [view])
+    weights = {}
+    for name, numbers in {
+        "numba": {"impl": "numba"},
+        "numba, any order": {"impl": "numba", "deterministic": False},
+        "fold": {"impl": "triton"},
+        "tree": {"impl": "triton", "deterministic": False},
+    }.items():
+        blocks = store_of(SGD, 4, 20)
+        fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=1, **numbers)
+        weights[name] = blocks.read(torch.arange(4))["weight"]
+    assert torch.equal(weights["fold"], weights["numba"])
+    assert torch.equal(weights["numba, any order"], weights["numba"])
+    assert torch.equal(weights["tree"][2:], weights["numba"][2:])  # not long: nothing is cut
+    assert not torch.equal(weights["tree"][:2], weights["numba"][:2])
+    torch.testing.assert_close(weights["tree"], weights["numba"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes masked lanes too
+@pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
+def test_flags_say_which_rows_were_left(impl):
+    blocks = store_of(ADAM, 40, 20)
+    grads = torch.randn(10, 20)
+    grads[3, 19], grads[7, 0] = torch.nan, torch.inf
+    view = RowGrad(torch.arange(10), torch.arange(11), 10, per_position=True, grad=grads)
+    rows = torch.arange(20, 30)
+    rows[5] = -1
+    lookup = PendingLookup(rows, torch.zeros(10, dtype=torch.int32), torch.ones(10, dtype=torch.int32), [view])
+    merged, is_bad = fused_update_flags(blocks, [lookup], ADAM, scalars_of(ADAM), step=4, impl=impl)
+    assert merged is lookup
+    assert is_bad.tolist() == [u in (3, 7) for u in range(10)]
+    assert blocks.read(torch.arange(20, 25))["last_seen"].tolist() == [4] * 5  # metadata of a row left is recorded
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_beyond_two_to_the_31_elements(dtype, impl):
+    """One block of more than 2**31 weights and states, mapped lazily; rows near its end change, nothing else does."""
+    blocks = RowBlocks(RowLayout(1024, dtype, (("m", 1024),)), shift=20 if dtype == torch.float32 else 21)
+    blocks.grow(1 << blocks.shift)
+    assert blocks.blocks[0].numel() // dtype.itemsize > 2**31
+    rows = torch.tensor([(1 << blocks.shift) - 1, 0, (1 << blocks.shift) - 2])
+    grads, scalars = torch.randn(3, 1024), scalars_of(SGD_MOMENTUM)
+    update_rows(blocks, rows, grads, SGD_MOMENTUM, scalars, step=1, keys=KEYS, impl=impl)
+    new = blocks.read(rows)
+    assert torch.equal(new["state.m"], grads)
+    want = grads * -0.1
+    torch.testing.assert_close(new["weight"].float(), want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    assert not blocks.read(torch.tensor([1, 2, (1 << blocks.shift) - 3]))["state.m"].any()
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_no_rows_in_any_version(impl):
+    blocks = store_of(ADAM, 3, 2)
+    before = everything(blocks)
+    none = torch.empty(0, dtype=torch.int64)
+    bad = update_rows(blocks, none, torch.empty(0, 2), ADAM, scalars_of(ADAM), step=1, impl=impl)
+    assert bad.tolist() == []
+    update_rows(blocks, torch.tensor([-1]), torch.ones(1, 2), ADAM, scalars_of(ADAM), step=1, impl=impl)
+    assert torch.equal(everything(blocks), before)
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op_is_known_to_torch(dtype, impl):
+    """The registered op writes into the block tensors it is given, which torch.compile may have copied."""
+    blocks, lookup = store_of(ADAM, 30, 6, dtype), random_lookup(30, 6, stride=5)
+    view = lookup.views[0]
+    args = (
+        *(blocks.blocks, blocks.layout_key, blocks.shift, lookup.rows, lookup.table_of_row, lookup.counts),
+        *([view.inverse], [view.offsets], [torch.rand(view.inverse.numel())], [view.grad], [5], [False], [0]),
+        *(torch.ones(1), "adamw", False, scalars_of(ADAM), 3, KEYS, True, True, impl),
+    )
+    torch.library.opcheck(torch.ops.recis.fused_update.default, args)
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_a_compiled_update_writes_the_same_bytes(impl):
+    lookup = random_lookup(30, 6, stride=5)
+    stores = []
+
+    def run(blocks, grad):
+        view = RowGrad(lookup.views[0].inverse, lookup.views[0].offsets, 5, grad=grad * 2)
+        pending = PendingLookup(lookup.rows, lookup.table_of_row, lookup.counts, [view])
+        return fused_update_flags(blocks, [pending], ADAM, scalars_of(ADAM), step=3, impl=impl)[1].sum()
+
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        blocks = store_of(ADAM, 30, 6)
+        assert function(blocks, lookup.views[0].grad) == 0
+        stores.append(everything(blocks))
+    assert torch.equal(*stores)
+    assert not torch.equal(stores[0], everything(store_of(ADAM, 30, 6)))
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_threads_change_nothing(num_threads):
     lookups = []
@@ -162,11 +326,12 @@ def test_threads_change_nothing(num_threads):
     assert torch.equal(*states)
 
 
-def test_metadata_is_written_for_every_row_found():
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_metadata_is_written_for_every_row_found(impl):
     blocks = store_of(SGD, 30, 4)
     lookup = random_lookup(30, 4)
     before = everything(blocks)
-    fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=77)
+    fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=77, impl=impl)
     found = lookup.rows >= 0
     assert lookup.counts[11] == 0  # looked up without a position of its own: kept by the caller for padding
     after = blocks.read(lookup.rows[found])
@@ -174,20 +339,22 @@ def test_metadata_is_written_for_every_row_found():
     assert torch.equal(after["count"], lookup.rows[found].int() + lookup.counts[found])
     others = torch.ones(32, dtype=torch.bool).index_fill(0, lookup.rows[found], False)
     assert torch.equal(everything(blocks).view(32, -1)[others], before.view(32, -1)[others])
-    fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=78, record_seen=False)
+    fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=78, record_seen=False, impl=impl)
     assert torch.equal(blocks.read(lookup.rows[found])["last_seen"], after["last_seen"])
     assert torch.equal(blocks.read(lookup.rows[found])["count"], after["count"])
 
 
-def test_count_saturates():
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_count_saturates(impl):
     blocks = store_of(SGD, 1, 1)
     blocks.write(torch.tensor([0]), {"count": torch.tensor([2**31 - 2], dtype=torch.int32)})
     lookup = PendingLookup(torch.tensor([0]), torch.zeros(1, dtype=torch.int32), torch.tensor([5], dtype=torch.int32))
-    fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=1)
+    fused_update(blocks, [lookup], SGD, scalars_of(SGD), step=1, impl=impl)
     assert blocks.read(torch.tensor([0]))["count"].item() == 2**31 - 1
 
 
-@pytest.mark.parametrize("impl", ["numba", "reference"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes masked lanes too
+@pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_rows_with_a_gradient_that_is_not_finite_stay(impl, value):
     blocks = store_of(ADAM, 40, 20)
@@ -386,3 +553,13 @@ def test_content_is_checked_on_request():
             update_rows(blocks, torch.arange(2), grads, SGD, scalars_of(SGD), step=1, table_of_row=tables)
         with pytest.raises(ValueError, match="rows must be distinct"):
             update_rows(blocks, torch.tensor([4, 4]), grads, SGD, scalars_of(SGD), step=1)
+
+
+def launches() -> None:
+    for dim, dtype in ((64, torch.float32), (64, torch.bfloat16), (128, torch.float32), (1024, torch.float32)):
+        for rule in SCALARS:
+            blocks, rows = store_of(rule, 4, dim, dtype), torch.arange(4)
+            view = RowGrad(rows, torch.arange(5), 4, grad=torch.ones(4, dim))
+            seen = PendingLookup(rows, rows.int(), rows.int(), [view])
+            fused_update_flags(blocks, [seen], rule, scalars_of(rule), step=1, keys=KEYS, impl="triton")
+    update_rows(store_of(SGD, 4, 5), rows, torch.ones(4, 5), SGD, scalars_of(SGD), step=1, impl="triton")
