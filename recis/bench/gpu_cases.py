@@ -31,8 +31,8 @@ from recis_kernels.dispatch import Impl
 from recis_kernels.embedding_bag import row_gather
 from recis_kernels.hash_index import find
 from recis_kernels.row_blocks import RowLayout
-from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update
-from recis_kernels.unique_ids import unique_ids
+from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update_flags
+from recis_kernels.unique_ids import unique_ids_padded
 
 WARM_UP = 3
 ROUNDS = 30
@@ -65,9 +65,12 @@ _STEP = Point(num_rows=2_000_000, num_bags=65_536, bag_length=20)
 _DYNAMIC = Point(dim=128, distribution="power", bag_length=1, num_bags=1_048_570, num_rows=4_000_000, num_inputs=4)
 
 
-def dynamic_step(point: Point, device: torch.device, impl: Impl = "auto", *, train: bool = True) -> Work:
+def dynamic_step(
+    point: Point, device: torch.device, impl: Impl = "auto", *, train: bool = True, deterministic: bool = False
+) -> Work:
     """DynamicEmb's published workload on known ids: de-duplicate, find, gather per position and, to train, Adam.
 
+    The number of distinct ids stays on the device: arrays are as long as the batch, and rows beyond that number are -1.
     Least bytes: 8 + 4 D per position and the row of each distinct id in, 4 D per position out; an update reads the
     upstream row of each position and moves weight, m and v of each distinct row both ways.
     """
@@ -80,11 +83,11 @@ def dynamic_step(point: Point, device: torch.device, impl: Impl = "auto", *, tra
     batches = [ids[rows] for rows in picked]
     offsets = torch.arange(num_ids + 1, device=device)
     upstream = torch.full((num_ids, point.dim), 1e-3, device=device)
-    scalars = torch.tensor([numbers], dtype=torch.float64)
+    scalars, places = torch.tensor([numbers], dtype=torch.float64), torch.arange(num_ids, device=device)
 
     def look_up(n: int) -> tuple[Any, Tensor, Tensor]:
-        unique = unique_ids(batches[n % len(batches)], impl=impl)
-        rows = find(index, unique.ids, impl=impl)
+        unique = unique_ids_padded(batches[n % len(batches)], impl=impl)
+        rows = torch.where(places < unique.num_unique, find(index, unique.ids, impl=impl), -1)
         return unique, rows, row_gather(blocks, rows, unique.inverse, impl=impl)
 
     def run(n: int) -> object:
@@ -93,7 +96,8 @@ def dynamic_step(point: Point, device: torch.device, impl: Impl = "auto", *, tra
             return out
         view = RowGrad(unique.inverse, offsets, num_ids, per_position=True, grad=upstream)
         lookup = PendingLookup(rows, unique.segments, unique.counts, [view])
-        return fused_update(blocks, [lookup], rule, scalars, step=n + 1, impl=impl)
+        more: dict[str, Any] = {"step": n + 1, "deterministic": deterministic, "impl": impl}
+        return fused_update_flags(blocks, [lookup], rule, scalars, **more)
 
     def check() -> None:
         few = picked[0][: op_cases.CHECKED]
@@ -107,7 +111,8 @@ def dynamic_step(point: Point, device: torch.device, impl: Impl = "auto", *, tra
     forward = num_ids * (16 + 4 * point.dim) + num_distinct * (32 + 4 * point.dim)
     backward = num_ids * 4 * point.dim + num_distinct * 24 * point.dim
     return Work(
-        case=f"{'train' if train else 'eval'} of {num_ids:,} ids, {num_distinct:,} distinct, D={point.dim}, Adam",
+        case=f"{'train' if train else 'eval'}{', deterministic' if deterministic else ''}, {point.distribution} law, "
+        f"{num_ids:,} ids, {num_distinct:,} distinct, D={point.dim}, Adam",
         run=run,
         check=check,
         num_inputs=point.num_inputs,
@@ -149,16 +154,26 @@ def _embedding_cases() -> list[GpuCase]:
         for rule in op_cases.RULES
         for dim in (64, 128)
     ]
-    for train, most_ms in ((True, 1.35), (False, 0.45)):
-        cases.append(
-            GpuCase(
-                name="dynamic-train" if train else "dynamic-eval",
-                build=partial(dynamic_step, train=train),
-                full=_DYNAMIC,
-                small=_SMALL | {"dim": 8},
-                most_ms=most_ms,
-            )
+    zipf = replace(_STEP, distribution="zipf")
+    cases += [
+        GpuCase(
+            name=f"update-row-wise-adagrad-D64-zipf{'-deterministic' if deterministic else ''}",
+            build=partial(op_cases.update, deterministic=deterministic),
+            full=zipf,
+            small=_SMALL | {"dim": 7},
         )
+        for deterministic in (False, True)
+    ]
+    cases += [
+        GpuCase(
+            name=name, build=partial(dynamic_step, **how), full=_DYNAMIC, small=_SMALL | {"dim": 8}, most_ms=most_ms
+        )
+        for name, how, most_ms in (
+            ("dynamic-train", {}, 1.35),
+            ("dynamic-eval", {"train": False}, 0.45),
+            ("dynamic-train-deterministic", {"deterministic": True}, None),
+        )
+    ]
     return cases
 
 

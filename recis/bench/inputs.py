@@ -64,18 +64,23 @@ def filled_blocks(layout: RowLayout, num_rows: int, device: torch.device) -> Row
     return blocks
 
 
+def random_ids(count: int, generator: torch.Generator) -> Tensor:
+    """Return ids int64 [count] over the whole range, on the generator's device."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device=generator.device)
+
+
 def filled_index(num_ids: int, device: torch.device, *, load: float) -> tuple[HashIndex, Tensor]:
     """Return an index of one segment, filled to about `load`, and its ids in ascending order; row k is the k-th id.
 
     The number of slots is a power of two: num_ids is cut to load times the slots that num_ids needs.
     """
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(device).manual_seed(2)
     slots = 1 << max(4, (round(num_ids / load) - 1).bit_length())
-    ids = torch.randint(-(2**63), 2**63 - 1, (round(slots * load),), generator=generator).unique().to(device)
+    ids = random_ids(round(slots * load), generator).unique()
     index = HashIndex(device)
     segment = index.add_segment()
     index.reserve(segment, ids.numel())
-    order = torch.randperm(ids.numel(), generator=generator).to(device)
+    order = torch.randperm(ids.numel(), generator=generator, device=device)
     for part in order.split(1 << 20):
         index.insert(ids[part], segment, part)
     return index, ids

@@ -10,6 +10,7 @@ the share of the copy bandwidth can pass one. Nothing here imports more than tor
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from recis.bench.inputs import (
     even_offsets,
     filled_blocks,
     filled_index,
+    random_ids,
     varied_offsets,
     weights,
 )
@@ -33,7 +35,7 @@ from recis_kernels.jagged import jagged_to_padded
 from recis_kernels.row_blocks import RowLayout
 from recis_kernels.row_rules import ADAM, ROW_WISE_ADAGRAD, SGD, UpdateRule, reference_update
 from recis_kernels.segment import segment_sum
-from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update
+from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update, fused_update_flags
 from recis_kernels.unique_ids import unique_ids
 
 LR, EPS = 0.01, 1e-8
@@ -135,10 +137,10 @@ def find_hits(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
 def insert_new(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
     """Give rows to ids none of which is there; a key's sector is read and written, its id read, its row written."""
     num_ids = point.num_bags * point.bag_length
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(device).manual_seed(4)
     total = num_ids * point.num_inputs
-    ids = torch.randint(-(2**63), 2**63 - 1, (total + total // 8,), generator=generator).unique()
-    ids = ids[torch.randperm(ids.numel(), generator=generator)[:total]].to(device)
+    ids = random_ids(total + total // 8, generator).unique()
+    ids = ids[torch.randperm(ids.numel(), generator=generator, device=device)[:total]]
     batches = list(ids.split(num_ids))
     index, given = HashIndex(device), [0]
     index.add_segment()
@@ -151,14 +153,14 @@ def insert_new(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
     def check() -> None:
         own, few = HashIndex(device), batches[-1][:CHECKED]
         own.add_segment()
-        rows = find_or_insert(own, few, 0, lambda new, _: torch.arange(new.numel(), device=device))
+        rows = find_or_insert(own, few, 0, lambda new, _: torch.arange(new.numel(), device=device), impl=impl)
         assert find(own, few, impl=impl).equal(rows)
         assert rows.sort().values.equal(torch.arange(few.numel(), device=device))
 
     return Work(
         op="find_or_insert",
         case=f"find_or_insert {num_ids:,} new ids, up to load {total / int(index.table[0, 2]):.2f}",
-        run=lambda n: find_or_insert(index, batches[n % len(batches)], 0, allocate),
+        run=lambda n: find_or_insert(index, batches[n % len(batches)], 0, allocate, impl=impl),
         check=check,
         num_inputs=point.num_inputs,
         bytes_moved=num_ids * (64 + 16),
@@ -219,8 +221,16 @@ def pooled(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
     )
 
 
-def update(point: Point, device: torch.device, impl: Impl = "auto", *, rule: str = "row-wise adagrad") -> Work:
+def update(
+    point: Point,
+    device: torch.device,
+    impl: Impl = "auto",
+    *,
+    rule: str = "row-wise adagrad",
+    deterministic: bool = False,
+) -> Work:
     """Fused backward and update of pooled bags, distinct rows given: weight and states in and out, 8 B a position."""
+    apply = fused_update if device.type == "cpu" else fused_update_flags  # the first waits for a GPU
     equation, numbers, states = RULES[rule]
     blocks = filled_blocks(_layout(point, states), point.num_rows, device)
     scalars = torch.tensor([numbers], dtype=torch.float64)
@@ -234,6 +244,10 @@ def update(point: Point, device: torch.device, impl: Impl = "auto", *, rule: str
         view = RowGrad(unique.inverse, offsets, point.num_bags, grad=upstream)
         return PendingLookup(unique.ids, unique.segments, unique.counts, [view])
 
+    def run(n: int) -> object:
+        more: dict[str, Any] = {"step": n + 1, "keys": keys, "deterministic": deterministic, "impl": impl}
+        return apply(blocks, [lookup(n)], equation, scalars, **more)
+
     def check() -> None:
         unique = distinct[0]
         few = unique.ids[:CHECKED]
@@ -245,7 +259,7 @@ def update(point: Point, device: torch.device, impl: Impl = "auto", *, rule: str
         state = {name: old[f"state.{name}"].cpu() for name in states}
         rows = old["weight"].float().cpu()
         want, _ = reference_update(equation, rows, state, grads.cpu(), scalars.expand(few.numel(), -1))
-        fused_update(blocks, [lookup(0)], equation, scalars, step=1, keys=keys, impl=impl)
+        run(0)
         tolerance = TOLERANCE[point.dtype]
         got = blocks.read(few, ("weight",))["weight"].cpu().double()
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 0.1)
@@ -255,8 +269,8 @@ def update(point: Point, device: torch.device, impl: Impl = "auto", *, rule: str
     row_bytes = 2 * (point.dim * point.dtype.itemsize + state_bytes)
     return Work(
         op=f"update {rule}",
-        case=f"update {rule}, {point.words}",
-        run=lambda n: fused_update(blocks, [lookup(n)], equation, scalars, step=n + 1, keys=keys, impl=impl),
+        case=f"update {rule}{', deterministic' if deterministic else ''}, {point.words}",
+        run=run,
         check=check,
         num_inputs=point.num_inputs,
         bytes_moved=num_distinct * row_bytes + num_ids * 8 + point.num_bags * 4 * point.dim,
@@ -348,10 +362,7 @@ def features(
     if op == "bucketize":
         values = [torch.randn(num_values, generator=generator, device=device) for _ in range(point.num_inputs)]
     else:
-        values = [
-            torch.randint(-(2**63), 2**63 - 1, (num_values,), generator=generator, device=device)
-            for _ in range(point.num_inputs)
-        ]
+        values = [random_ids(num_values, generator) for _ in range(point.num_inputs)]
 
     def check() -> None:
         few = values[0][: column_offsets[1]][:CHECKED].cpu()

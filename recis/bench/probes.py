@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recis.bench.harness import time_once
 from recis_kernels.dispatch import jit, launch, njit, tl
+from recis_kernels.host_memory import zeroed_bytes
 from recis_kernels.prefetch import prefetch
 from recis_kernels.threads import run_parts, split
 
@@ -41,7 +42,8 @@ def read_gb_per_s(device: torch.device, size_mib: int = 256) -> float:
 def gather_gb_per_s(device: torch.device, *, scale: float = 1.0) -> dict[int, float]:
     """Return bytes per second of a gather by row size in bytes; scale shrinks the buffers for tests."""
     table_bytes, moved = (int(sizes[device.type] * scale) for sizes in (_TABLE, _GATHERED))
-    memory = torch.ones(-(-table_bytes // GATHER_BYTES[-1]) * GATHER_BYTES[-1] // 4, device=device)
+    num_rows = -(-table_bytes // GATHER_BYTES[-1])
+    memory = zeroed_bytes(num_rows * GATHER_BYTES[-1], device).view(torch.float32).fill_(1.0)  # in huge pages, touched
     found = {}
     for row_bytes in GATHER_BYTES:
         table = memory.view(-1, row_bytes // 4)

@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def run_command(args: argparse.Namespace) -> int:
     for given, needs, option in ((args.ops, args.full, "--full"), (args.calibration, args.calibrate, "--calibrate")):
         if given is not None and not needs:
             raise ConfigError(f"{'--ops' if option == '--full' else '--calibration'} goes with {option}; add it")
-    say = print if not args.json else _to_stderr
+    say = partial(print, flush=True, file=sys.stderr if args.json else sys.stdout)
     say(f"{device_name(device.type)}: measuring, about 10 s (the first time longer: kernels are compiled)")
     limits = measure(device)
     path = stored.store(limits, device.type)
@@ -162,7 +163,3 @@ def _ops(text: str | None) -> tuple[str, ...]:
     if unknown:
         raise ConfigError(f"--ops: no op {unknown[0]!r}; there are {', '.join(grid.OPS)}")
     return chosen
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     device = kernel_device.device_of(config)
     if device.type == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
         kernel_device.mirror_launches(device)
     else:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # --kernel-device cpu on a machine with a GPU

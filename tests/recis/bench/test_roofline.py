@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -186,7 +187,10 @@ def test_the_page_says_it_all(result):
     ):
         assert text in page
     assert "<b>" not in page.split("</style>")[1].replace("<div><b>", "")
-    assert page.count("<svg") == 3
+    drawings = re.findall(r"<svg.*?</svg>", page)
+    assert len(drawings) == 3
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
     assert page.count('class="limit"') == 2  # random rows and pooled; attention is bound by arithmetic
     assert page.count('<rect class="ours"') == len(probes.GATHER_BYTES) + 3
     assert '<rect class="p0"' in page
