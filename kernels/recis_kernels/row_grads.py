@@ -266,7 +266,8 @@ def _sums(lists: GradLists, dim: int) -> Tensor:
 def row_square_sums(lookup: PendingLookup, dim: int, *, impl: Impl = "auto") -> Tensor:
     """Return the squared norm of each row's summed and scaled gradient, [U] float64; 0 where no row or no gradient is."""
     norms = choose(impl, lookup.rows, triton=_squares_triton, numba=_squares_numba)(lookup, dim)
-    return norms.mul_(lookup.scale**2)
+    scale = lookup.scale.double() if isinstance(lookup.scale, Tensor) else lookup.scale
+    return norms.mul_(scale**2)
 
 
 def _squares_triton(lookup: PendingLookup, dim: int) -> Tensor:

@@ -58,9 +58,10 @@ def folded(views, num_rows, dim):
 @pytest.mark.parametrize("per_position", [False, True], ids=["pooled", "per_position"])
 @pytest.mark.parametrize("factors", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("dim", [1, 7, 16, 33])
-def test_sums_have_the_stated_order(dim, factors, per_position):
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_sums_have_the_stated_order(impl, dim, factors, per_position):
     view = random_view(3, 11, 9, dim, per_position=per_position, factors=factors)
-    got = reduce_grads([view], 9, dim)
+    got = reduce_grads([view], 9, dim, impl=impl)
     assert torch.equal(got, folded([view], 9, dim))
     torch.testing.assert_close(got, reduce_grads([view], 9, dim, impl="reference"), rtol=1e-5, atol=1e-5)
 
@@ -77,16 +78,46 @@ def test_threads_change_nothing(num_threads):
     assert torch.equal(got, want)
 
 
-def test_views_of_one_micro_batch_are_interleaved_by_sample():
+@pytest.mark.parametrize("wide", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dim", [3, 64, 513], ids="D{}".format)
+def test_triton_gives_the_bits_of_numba(dim, wide):
+    """Views of two micro-batches, several of equal stride, pooled and not, one weighted, one unused, one from position 5 on."""
+    views = [
+        random_view(2, 5, 9, dim, factors=True, micro_batch=1),
+        random_view(1, 5, 9, dim, per_position=True, micro_batch=1, longest=12),
+        random_view(2, 3, 9, dim, micro_batch=0),
+        random_view(1, 5, 9, dim, micro_batch=1),
+        replace(random_view(1, 5, 9, dim), grad=None),
+    ]
+    skipped = random_view(2, 5, 9, dim, micro_batch=2, longest=9)
+    views.append(replace(skipped, offsets=(skipped.offsets - 3).clamp(min=2)))
+    views = [replace(view, inverse=view.inverse.to(wide)) for view in views]
+    want = reduce_grads(views, 11, dim, impl="numba")
+    assert torch.equal(reduce_grads(views, 11, dim, impl="triton"), want)
+    lookup = PendingLookup(
+        torch.arange(11) - 1, torch.zeros(11, dtype=torch.int32), torch.ones(11, dtype=torch.int32), views
+    )
+    squares = row_square_sums(lookup, dim, impl="numba")
+    assert squares[0] == 0
+    assert torch.equal(row_square_sums(lookup, dim, impl="triton"), squares)
+    reduced = [reduce_lookups([lookup], dim, impl=impl).views[0] for impl in ("numba", "triton")]
+    assert torch.equal(reduced[0].inverse, reduced[1].inverse)
+    assert reduced[0].grad is not None
+    assert reduced[1].grad is not None
+    assert torch.equal(reduced[0].grad, reduced[1].grad)
+
+
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_views_of_one_micro_batch_are_interleaved_by_sample(impl):
     """Sample 0: features a, b; sample 1: features a, b. A view per feature gives the order of one view of both."""
     grad = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
     both = RowGrad(torch.zeros(4, dtype=torch.int64), torch.arange(5), 2, grad=grad)
-    assert reduce_grads([both], 1, 1).item() == 2.0  # 1e8 - 1e8 + 1 + 1; feature after feature would give 1
+    assert reduce_grads([both], 1, 1, impl=impl).item() == 2.0  # 1e8 - 1e8 + 1 + 1; feature after feature would give 1
     first = replace(both, inverse=both.inverse[:2], offsets=torch.arange(3), grad=grad[:2])
     second = replace(both, inverse=both.inverse[2:], offsets=torch.arange(3), grad=grad[2:])
-    assert reduce_grads([first, second], 1, 1).item() == 2.0
+    assert reduce_grads([first, second], 1, 1, impl=impl).item() == 2.0
     later = replace(second, micro_batch=1)
-    assert reduce_grads([first, later], 1, 1).item() == 1.0  # 1e8 + 1 = 1e8 in fp32
+    assert reduce_grads([first, later], 1, 1, impl=impl).item() == 1.0  # 1e8 + 1 = 1e8 in fp32
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,7 +166,8 @@ def test_backward_twice_adds():
     assert not view.grad.requires_grad
 
 
-def test_expanded_and_strided_gradients():
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_expanded_and_strided_gradients(impl):
     view = random_view(2, 6, 5, 4)
     for grad in (
         torch.ones(1, 1).expand(12, 4),
@@ -144,17 +176,18 @@ def test_expanded_and_strided_gradients():
         torch.randn(12, 9)[:, 3:7],
     ):
         strided = replace(view, grad=grad)
-        assert torch.equal(reduce_grads([strided], 5, 4), folded([strided], 5, 4))
+        assert torch.equal(reduce_grads([strided], 5, 4, impl=impl), folded([strided], 5, 4))
 
 
-def test_nothing_to_sum():
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_nothing_to_sum(impl):
     none = torch.empty(0, dtype=torch.int64)
-    assert torch.equal(reduce_grads([], 3, 2), torch.zeros(3, 2))
+    assert torch.equal(reduce_grads([], 3, 2, impl=impl), torch.zeros(3, 2))
     no_bags = RowGrad(none, torch.zeros(1, dtype=torch.int64), 0, grad=torch.empty(0, 2))
     empty_bags = RowGrad(none, torch.zeros(4, dtype=torch.int64), 3, grad=torch.ones(3, 2))
     untouched = RowGrad(torch.zeros(2, dtype=torch.int64), torch.arange(3), 2)
-    assert torch.equal(reduce_grads([no_bags, empty_bags, untouched], 3, 2), torch.zeros(3, 2))
-    assert reduce_grads([no_bags], 0, 2).shape == (0, 2)
+    assert torch.equal(reduce_grads([no_bags, empty_bags, untouched], 3, 2, impl=impl), torch.zeros(3, 2))
+    assert reduce_grads([no_bags], 0, 2, impl=impl).shape == (0, 2)
 
 
 def test_work_is_shared_by_contributions():
@@ -173,14 +206,18 @@ def lookup_of(rows, view, **kind):
     return PendingLookup(torch.tensor(rows), torch.tensor(rows, dtype=torch.int32) % 3, counts, [view], **kind)
 
 
-def test_lookups_are_merged_by_row():
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+def test_lookups_are_merged_by_row(impl):
     first = lookup_of([5, -1, 9], random_view(1, 6, 3, 4))
     second = lookup_of([9, 7, 5, -1], random_view(1, 6, 4, 4, micro_batch=1))
     assert merge_lookups([first]) is first
-    merged = merge_lookups([first, second])
-    assert sorted(merged.rows.tolist()) == [-1, 5, 7, 9]
-    sums = dict(zip(merged.rows.tolist(), reduce_grads(merged.views, 4, 4), strict=True))
-    at = {row: u for u, row in enumerate(merged.rows.tolist())}
+    merged = merge_lookups([first, second], impl=impl)
+    padding = [-1] * (3 if impl == "torch" else 0)
+    assert sorted(merged.rows.tolist()) == [*padding, -1, 5, 7, 9]
+    num_rows = merged.rows.numel()
+    found = merged.rows.tolist()[:4]  # the sorted union is padded at its end
+    sums = dict(zip(found, reduce_grads(merged.views, num_rows, 4), strict=False))
+    at = {row: u for u, row in enumerate(found)}
     for row, one, two in ((5, 0, 2), (9, 2, 0), (-1, 1, 3)):
         own = [
             replace(view, inverse=torch.where(view.inverse == u, 0, -1))
@@ -212,6 +249,35 @@ def replace_scale(lookup, scale):
     return PendingLookup(lookup.rows, lookup.table_of_row, lookup.counts, lookup.views, scale)
 
 
+def test_scales_on_the_device():
+    """A clip factor as a tensor scales sums and norms; merged lookups that share it keep it, others take it as factors."""
+    view = RowGrad(torch.zeros(1, dtype=torch.int64), torch.arange(2), 1, grad=torch.tensor([[4.0]]))
+    factor = torch.tensor(0.5)
+    first, second = lookup_of([0], view, scale=factor), lookup_of([0], replace(view, micro_batch=1), scale=factor)
+    assert merge_lookups([first, second]).scale is factor
+    assert row_square_sums(first, 1).tolist() == [4.0]
+    merged = merge_lookups([first, replace_scale(second, 0.25)])
+    assert merged.scale == 1.0
+    assert reduce_grads(merged.views, 1, 1).item() == 3.0
+
+
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_op_is_known_to_torch(impl):
+    view = random_view(2, 6, 3, 4, factors=True)
+    parts = ([view.inverse], [view.offsets], [view.factors], [view.grad], [6], [False], [0])
+    torch.library.opcheck(torch.ops.recis.reduce_grads.default, (*parts, 3, 4, impl))
+
+    def run(grad):
+        return reduce_grads([replace(view, grad=grad * 2)], 3, 4, impl=impl)
+
+    def traced(grad):
+        return reduce_grads(
+            [RowGrad(view.inverse, view.offsets, 6, factors=view.factors, grad=grad * 2)], 3, 4, impl=impl
+        )
+
+    assert torch.equal(torch.compile(traced, fullgraph=True, backend="aot_eager")(view.grad), run(view.grad))
+
+
 def test_counts_saturate():
     view = RowGrad(torch.zeros(1, dtype=torch.int64), torch.arange(2), 1, grad=torch.ones(1, 1))
     full = PendingLookup(
@@ -230,13 +296,14 @@ def test_reduced_lookup_has_each_row_once():
     assert torch.equal(reduce_grads(reduced.views, 4, 4)[:3], folded(lookup.views, 3, 4))
 
 
+@pytest.mark.parametrize("impl", ["triton", "numba"])
 @pytest.mark.parametrize("dim", [1, 16, 21])
-def test_square_sums_leave_out_absent_rows(dim):
+def test_square_sums_leave_out_absent_rows(dim, impl):
     lookup = lookup_of([5, -1, 9, 2], random_view(2, 6, 3, dim, factors=True), scale=0.5)
     sums = reduce_grads(lookup.views, 4, dim).double() * 0.5
     want = sums.square().sum(1)
     want[1] = 0
-    torch.testing.assert_close(row_square_sums(lookup, dim), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_square_sums(lookup, dim, impl=impl), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +335,13 @@ def test_content_is_checked_on_request(change, message):
         assert torch.equal(reduce_grads([good], 1, 4), torch.zeros(1, 4))
         with pytest.raises(ValueError, match=message):
             reduce_grads([replace(good, **change)], 1, 4)
+
+
+def launches() -> None:
+    for dim in (5, 64, 1024):
+        pooled = random_view(1, 3, 4, dim, factors=dim == 64)
+        by_position = random_view(1, 3, 4, dim, per_position=True)
+        for view in (pooled, by_position, replace(pooled, inverse=pooled.inverse.long())):
+            lookup = PendingLookup(torch.arange(4), torch.zeros(4).int(), torch.ones(4).int(), [view])
+            reduce_grads([view], 4, dim, impl="triton")
+            row_square_sums(lookup, dim, impl="triton")
