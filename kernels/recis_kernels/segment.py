@@ -5,18 +5,21 @@
 
 An empty bag gives zeros and gets no gradient. Of equal maxima the first takes the gradient. Sums are in fp32 (fp64 for
 fp64 values) by a left fold in row order, so results do not depend on the number of threads; results have values.dtype.
-Every row is read once per pass: the cost is memory traffic. What offsets holds is trusted.
+Every row is read once per pass (softmax reads three times): the cost is memory traffic. What offsets holds is trusted.
+The Triton versions are in segment_triton.py.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels import segment_triton
 from recis_kernels.dispatch import Impl, choose, njit
-from recis_kernels.jagged import bag_of_value
+from recis_kernels.jagged import as_words, bag_of_value, is_traced
 from recis_kernels.threads import run_parts, split
 
 
@@ -27,25 +30,29 @@ def segment_sum(values: Tensor, offsets: Tensor, *, impl: Impl = "auto") -> Tens
         ValueError: values is not floating point [L, D], or offsets is not a non-empty 1-D int64 tensor.
     """
     _check(values, offsets)
-    return choose(impl, values, numba=_sum_op, torch=_sum_torch, reference=_sum_reference)(values, offsets)
+    node = partial(_sum_op if is_traced(values) else _sum, impl=impl)
+    return choose(impl, values, triton=node, numba=node, torch=_sum_torch, reference=_sum_reference)(values, offsets)
 
 
 def segment_mean(values: Tensor, offsets: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Average values [L, D] per bag into [B, D]: the sum divided once by the bag size. As segment_sum otherwise."""
     _check(values, offsets)
-    return choose(impl, values, numba=_mean_numba, torch=_mean_torch, reference=_mean_reference)(values, offsets)
+    node = partial(_mean, impl=impl)
+    return choose(impl, values, triton=node, numba=node, torch=_mean_torch, reference=_mean_reference)(values, offsets)
 
 
 def segment_max(values: Tensor, offsets: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Largest of values [L, D] per bag and column, [B, D]; NaN wins. As segment_sum otherwise."""
     _check(values, offsets)
-    return choose(impl, values, numba=_max_numba, torch=_max_torch, reference=_max_reference)(values, offsets)
+    node = partial(_max, impl=impl)
+    return choose(impl, values, triton=node, numba=node, torch=_max_torch, reference=_max_reference)(values, offsets)
 
 
 def segment_softmax(values: Tensor, offsets: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Softmax of values [L, D] over the rows of each bag, per column, [L, D]. As segment_sum otherwise."""
     _check(values, offsets)
-    version = choose(impl, values, numba=_softmax_op, torch=_softmax_torch, reference=_softmax_reference)
+    node = partial(_softmax_op if is_traced(values) else _softmax, impl=impl)
+    version = choose(impl, values, triton=node, numba=node, torch=_softmax_torch, reference=_softmax_reference)
     return version(values, offsets)
 
 
@@ -129,39 +136,172 @@ def _softmax_torch(values: Tensor, offsets: Tensor) -> Tensor:
     return (power / total).to(values.dtype)
 
 
-# ---- numba: one loop over the bags, each thread a share of them; nodes of torch.compile and export
+# ---- nodes of torch.compile and export; `impl` goes along, so that a gradient runs the version of its forward pass
 
 
-@torch.library.custom_op("recis::segment_sum", mutates_args=(), device_types="cpu")
-def _sum_op(values: Tensor, offsets: Tensor) -> Tensor:
-    wide = _wide(values).detach().contiguous()
+def _sum(values: Tensor, offsets: Tensor, impl: str) -> Tensor:
+    return choose(impl, values, triton=segment_triton.sum_bags, numba=_sum_numba)(values.detach(), offsets)  # type: ignore[arg-type]
+
+
+def _spread(bags: Tensor, offsets: Tensor, num_rows: int, impl: str) -> Tensor:
+    version = choose(impl, bags, triton=segment_triton.spread, numba=_spread_numba)  # type: ignore[arg-type]
+    return version(bags.detach(), offsets, num_rows)
+
+
+def _max_and_rows(values: Tensor, offsets: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return choose(impl, values, triton=segment_triton.max_bags, numba=_max_numba)(values.detach(), offsets)  # type: ignore[arg-type]
+
+
+def _place(bags: Tensor, rows: Tensor, num_rows: int, impl: str) -> Tensor:
+    version = choose(impl, bags, triton=segment_triton.place_at_rows, numba=_place_numba)  # type: ignore[arg-type]
+    return version(bags.detach(), rows, num_rows)
+
+
+def _softmax(values: Tensor, offsets: Tensor, impl: str) -> Tensor:
+    return choose(impl, values, triton=segment_triton.softmax_bags, numba=_softmax_numba)(values.detach(), offsets)  # type: ignore[arg-type]
+
+
+def _softmax_grad(softmax: Tensor, grad: Tensor, offsets: Tensor, impl: str) -> Tensor:
+    version = choose(impl, softmax, triton=segment_triton.softmax_grad, numba=_softmax_grad_numba)  # type: ignore[arg-type]
+    return version(softmax.detach(), grad.detach(), offsets)
+
+
+def _mean(values: Tensor, offsets: Tensor, impl: str) -> Tensor:
+    sums = (_sum_op if is_traced(values) else _sum)(_wide(values), offsets, impl)
+    return (sums / offsets.diff().clamp(min=1)[:, None]).to(values.dtype)
+
+
+def _max(values: Tensor, offsets: Tensor, impl: str) -> Tensor:
+    return (_max_op if is_traced(values) else _max_and_rows)(values, offsets, impl)[0]
+
+
+_sum_op = torch.library.custom_op("recis::segment_sum", _sum, mutates_args=())
+_spread_op = torch.library.custom_op("recis::segment_spread", _spread, mutates_args=())
+_max_op = torch.library.custom_op("recis::segment_max", _max_and_rows, mutates_args=())
+_place_op = torch.library.custom_op("recis::segment_place", _place, mutates_args=())
+_softmax_op = torch.library.custom_op("recis::segment_softmax", _softmax, mutates_args=())
+_softmax_grad_op = torch.library.custom_op("recis::segment_softmax_grad", _softmax_grad, mutates_args=())
+
+
+@_sum_op.register_fake
+def _(values, offsets, impl):
+    return values.new_empty(offsets.shape[0] - 1, values.shape[1])
+
+
+@_spread_op.register_fake
+def _(bags, offsets, num_rows, impl):
+    return bags.new_empty(num_rows, bags.shape[1])
+
+
+@_max_op.register_fake
+def _(values, offsets, impl):
+    shape = offsets.shape[0] - 1, values.shape[1]
+    return values.new_empty(shape), offsets.new_empty(shape)
+
+
+@_place_op.register_fake
+def _(bags, rows, num_rows, impl):
+    return bags.new_empty(num_rows, bags.shape[1])
+
+
+@_softmax_op.register_fake
+def _(values, offsets, impl):
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+@_softmax_grad_op.register_fake
+def _(softmax, grad, offsets, impl):
+    return torch.empty_like(softmax, memory_format=torch.contiguous_format)
+
+
+def _sum_setup(ctx, inputs, output) -> None:
+    values, offsets, ctx.impl = inputs
+    ctx.save_for_backward(offsets)
+    ctx.num_rows = values.shape[0]
+
+
+def _sum_backward(ctx, grad):
+    return _spread_op(grad, *ctx.saved_tensors, ctx.num_rows, ctx.impl), None, None
+
+
+def _spread_setup(ctx, inputs, output) -> None:
+    _, offsets, _, ctx.impl = inputs
+    ctx.save_for_backward(offsets)
+
+
+def _spread_backward(ctx, grad):
+    return _sum_op(grad, *ctx.saved_tensors, ctx.impl), None, None, None
+
+
+def _max_setup(ctx, inputs, output) -> None:
+    values, _, ctx.impl = inputs
+    ctx.save_for_backward(output[1])
+    ctx.num_rows = values.shape[0]
+
+
+def _max_backward(ctx, grad, grad_rows):
+    return _place_op(grad, *ctx.saved_tensors, ctx.num_rows, ctx.impl), None, None
+
+
+def _softmax_setup(ctx, inputs, output) -> None:
+    _, offsets, ctx.impl = inputs
+    ctx.save_for_backward(output, offsets)
+
+
+def _softmax_backward(ctx, grad):
+    softmax, offsets = ctx.saved_tensors
+    return _softmax_grad_op(softmax, grad, offsets, ctx.impl), None, None
+
+
+_sum_op.register_autograd(_sum_backward, setup_context=_sum_setup)
+_spread_op.register_autograd(_spread_backward, setup_context=_spread_setup)
+_max_op.register_autograd(_max_backward, setup_context=_max_setup)
+_softmax_op.register_autograd(_softmax_backward, setup_context=_softmax_setup)
+
+
+# ---- numba: one loop over the bags, each thread a share of them
+
+
+def _sum_numba(values: Tensor, offsets: Tensor) -> Tensor:
+    wide = _wide(values).contiguous()
     out = torch.zeros(offsets.numel() - 1, values.shape[1], dtype=wide.dtype)
     source, ends, target = wide.numpy(), offsets.numpy(), out.numpy()
     run_parts(lambda start, stop: _sum_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
     return out.to(values.dtype)
 
 
-@torch.library.custom_op("recis::segment_argmax", mutates_args=(), device_types="cpu")
-def _argmax_op(values: Tensor, offsets: Tensor) -> Tensor:
-    """Return row numbers [B, D] of the maxima; L for an empty bag."""
-    wide = _wide(values).detach().contiguous()
-    out = torch.full((offsets.numel() - 1, values.shape[1]), values.shape[0], dtype=torch.int64)
-    source, ends, target = wide.numpy(), offsets.numpy(), out.numpy()
-    run_parts(lambda start, stop: _argmax_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
+def _spread_numba(bags: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    out = bags.new_empty(num_rows, bags.shape[1])
+    source, ends = as_words(bags).reshape(bags.shape), offsets.numpy()
+    target = as_words(out).reshape(out.shape)
+    run_parts(lambda start, stop: _spread_loop(source, ends, target, start, stop), _bag_parts(out, offsets))
     return out
 
 
-@torch.library.custom_op("recis::segment_softmax", mutates_args=(), device_types="cpu")
-def _softmax_op(values: Tensor, offsets: Tensor) -> Tensor:
-    wide = _wide(values).detach().contiguous()
+def _max_numba(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _wide(values).contiguous()
+    shape = offsets.numel() - 1, values.shape[1]
+    out, rows = wide.new_empty(shape), offsets.new_empty(shape)
+    arrays = wide.numpy(), offsets.numpy(), out.numpy(), rows.numpy()
+    run_parts(lambda start, stop: _max_loop(*arrays, start, stop), _bag_parts(values, offsets))
+    return out.to(values.dtype), rows
+
+
+def _place_numba(bags: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    out = bags.new_zeros(num_rows, bags.shape[1])
+    _place_loop(as_words(bags).reshape(bags.shape), rows.contiguous().numpy(), as_words(out).reshape(out.shape))
+    return out
+
+
+def _softmax_numba(values: Tensor, offsets: Tensor) -> Tensor:
+    wide = _wide(values).contiguous()
     out = torch.empty_like(wide)
     source, ends, target = wide.numpy(), offsets.numpy(), out.numpy()
     run_parts(lambda start, stop: _softmax_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
     return out.to(values.dtype)
 
 
-@torch.library.custom_op("recis::segment_softmax_grad", mutates_args=(), device_types="cpu")
-def _softmax_grad_op(softmax: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+def _softmax_grad_numba(softmax: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     wide, wide_grad = _wide(softmax).contiguous(), _wide(grad).contiguous()
     out = torch.empty_like(wide)
     arrays = wide.numpy(), wide_grad.numpy(), offsets.numpy(), out.numpy()
@@ -169,94 +309,60 @@ def _softmax_grad_op(softmax: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return out.to(softmax.dtype)
 
 
-def _mean_numba(values: Tensor, offsets: Tensor) -> Tensor:
-    sums = _sum_op(_wide(values), offsets)
-    return (sums / offsets.diff().clamp(min=1)[:, None]).to(values.dtype)
-
-
-def _max_numba(values: Tensor, offsets: Tensor) -> Tensor:
-    rows = _argmax_op(values, offsets)
-    return torch.cat([values, values.new_zeros(1, values.shape[1])]).gather(0, rows)
-
-
 def _bag_parts(values: Tensor, offsets: Tensor) -> list[tuple[int, int]]:
     num_bags = offsets.numel() - 1
     return split(num_bags, min_items=max(1, 32768 * num_bags // max(1, values.numel())))
 
 
-@_sum_op.register_fake
-def _(values, offsets):
-    return values.new_empty(offsets.shape[0] - 1, values.shape[1])
-
-
-@_argmax_op.register_fake
-def _(values, offsets):
-    return offsets.new_empty(offsets.shape[0] - 1, values.shape[1])
-
-
-@_softmax_op.register_fake
-def _(values, offsets):
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-@_softmax_grad_op.register_fake
-def _(softmax, grad, offsets):
-    return torch.empty_like(softmax, memory_format=torch.contiguous_format)
-
-
-def _sum_setup(ctx, inputs, output) -> None:
-    values, offsets = inputs
-    ctx.save_for_backward(offsets)
-    ctx.num_rows = values.shape[0]
-
-
-def _sum_backward(ctx, grad):
-    (offsets,) = ctx.saved_tensors
-    return grad.repeat_interleave(offsets.diff(), dim=0, output_size=ctx.num_rows), None
-
-
-def _softmax_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output, inputs[1])
-
-
-def _softmax_backward(ctx, grad):
-    softmax, offsets = ctx.saved_tensors
-    return _softmax_grad_op(softmax, grad, offsets), None
-
-
-_sum_op.register_autograd(_sum_backward, setup_context=_sum_setup)
-_softmax_op.register_autograd(_softmax_backward, setup_context=_softmax_setup)
-
-
 @njit
 def _sum_loop(source, ends, target, start, stop):
     dim = source.shape[1]
+    if dim == 1:
+        for bag in range(start, stop):
+            total = target[bag, 0]
+            for row in range(ends[bag], ends[bag + 1]):
+                total += source[row, 0]
+            target[bag, 0] = total
+        return
     for bag in range(start, stop):
         for row in range(ends[bag], ends[bag + 1]):
             for column in range(dim):
                 target[bag, column] += source[row, column]
 
 
+@njit
+def _spread_loop(source, ends, target, start, stop):
+    for bag in range(start, stop):
+        for row in range(ends[bag], ends[bag + 1]):
+            for column in range(source.shape[1]):
+                target[row, column] = source[bag, column]
+
+
+@njit
+def _place_loop(source, rows, target):
+    for bag in range(source.shape[0]):
+        for column in range(source.shape[1]):
+            if rows[bag, column] < target.shape[0]:
+                target[rows[bag, column], column] = source[bag, column]
+
+
 # rows outside, columns inside: memory is read in its order, and a small buffer holds what each column has so far
 
 
 @njit
-def _argmax_loop(source, ends, target, start, stop):
+def _max_loop(source, ends, tops, rows, start, stop):
     dim = source.shape[1]
-    tops = np.empty(dim, dtype=source.dtype)
     for bag in range(start, stop):
         first, last = ends[bag], ends[bag + 1]
-        if first == last:
-            continue
         for column in range(dim):
-            tops[column] = source[first, column]
-            target[bag, column] = first
+            tops[bag, column] = source[first, column] if first < last else 0
+            rows[bag, column] = first if first < last else source.shape[0]
         for row in range(first + 1, last):
             for column in range(dim):
-                value, top = source[row, column], tops[column]
+                value, top = source[row, column], tops[bag, column]
                 if value > top or (value != value and top == top):
-                    tops[column] = value
-                    target[bag, column] = row
+                    tops[bag, column] = value
+                    rows[bag, column] = row
 
 
 @njit
