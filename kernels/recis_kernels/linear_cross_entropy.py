@@ -129,7 +129,7 @@ def _sum_op(
         hidden, labels, head, upstream, wants=wants, with_mean=label_smoothing > 0, impl=impl, stats=stats
     )
     losses = _mix(stats[0], stats[2], label_smoothing)
-    return (token_weights * losses).sum(), losses, *grads
+    return (token_weights * losses).sum(), losses, grads.hidden, grads.weight, grads.bias
 
 
 def _upstream(token_weights: Tensor, label_smoothing: float) -> Tensor:

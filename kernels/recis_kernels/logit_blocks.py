@@ -16,7 +16,7 @@ least T / 8 tokens: at most 8 roundings of 2**-9. The reductions have a fixed or
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,9 +170,9 @@ def gradients_in_blocks(
     return Gradients(d_hidden, d_weight, d_bias.to(hidden.dtype))
 
 
-def _version(hidden: Tensor, labels: Tensor, impl: str) -> tuple[type[TorchRows] | type[TritonRows], Tensor | None]:
+def _version(hidden: Tensor, labels: Tensor, impl: Any) -> tuple[Any, Tensor | None]:
     """Return the row version, and the positions of the tokens that count where finding them needs no sync: on the CPU."""
-    rows_of = choose(impl, hidden, triton=TritonRows, torch=TorchRows)  # type: ignore[arg-type]
+    rows_of = choose(impl, hidden, triton=TritonRows, torch=TorchRows)
     if rows_of is not TorchRows:
         return rows_of, None  # the kernels skip ignored tokens; their products are made all the same
     counted = labels != IGNORED

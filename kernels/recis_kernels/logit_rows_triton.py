@@ -121,7 +121,7 @@ def _token_stats_kernel(
             distances = tl.where(powers == 0.0, 0.0, logits - new_base)
             gaps = shrink * (gaps + (base - new_base) * total) + tl.sum(powers * distances, axis=0)
         if WITH_MEAN:
-            plain += tl.sum(tl.where(mask, logits, 0.0), axis=0)
+            plain = plain + tl.sum(tl.where(mask, logits, 0.0), axis=0)  # type: ignore[operator]
         total = shrink * total + tl.sum(powers, axis=0)
         base = new_base
     log_total = tl.log(tl.where(counts, total, 1.0))

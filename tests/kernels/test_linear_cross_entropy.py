@@ -2,12 +2,13 @@
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recis_kernels import checks, logit_blocks, token_logprob
 from recis_kernels import linear_cross_entropy as module
@@ -20,10 +21,10 @@ REDUCTIONS = ["mean", "sum", "none"]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-def _inputs(num_tokens: int, vocab: int, width: int, dtype: torch.dtype = torch.float32, *, with_bias: bool = True):
+def _inputs(num_tokens: int, vocab: int, width: int, dtype: torch.dtype = torch.float32):
     hidden = torch.randn(num_tokens, width).to(dtype)
     weight = torch.randn(vocab, width).to(dtype)
-    bias = torch.randn(vocab).to(dtype) if with_bias else None
+    bias = torch.randn(vocab).to(dtype)
     return hidden, weight, bias, torch.randint(0, vocab, (num_tokens,))
 
 
@@ -66,7 +67,8 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 7, 3), (5, 2, 1), (9, 65, 7), (13, 33, 64)], ids=str)
 def test_matches_reference(impl, reduction, dtype, sizes):
-    _assert_like_reference(_inputs(*sizes, dtype), impl, reduction=reduction)
+    num_tokens, vocab, width = sizes
+    _assert_like_reference(_inputs(num_tokens, vocab, width, dtype), impl, reduction=reduction)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -191,7 +193,7 @@ def test_only_wanted_gradients(impl):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice(impl, reduction):
     """The gradients made in forward are given away once; a second backward makes them again."""
-    hidden, weight, _, targets = _inputs(6, 13, 4, with_bias=False)
+    hidden, weight, _, targets = _inputs(6, 13, 4)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, label_smoothing=0.1, impl=impl)
     upstream = torch.rand(loss.shape)
@@ -203,7 +205,7 @@ def test_backward_twice(impl, reduction):
 
 
 def test_second_derivatives_are_refused():
-    hidden, weight, _, targets = _inputs(6, 13, 4, with_bias=False)
+    hidden, weight, _, targets = _inputs(6, 13, 4)
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(loss, hidden, create_graph=True)
@@ -216,7 +218,6 @@ def test_second_derivatives_are_refused():
 def test_large_logits_and_masked_words(impl):
     """Logits of 100, whose exp no fp32 holds, are safe; words with bias -inf get probability 0, also a whole tile of them."""
     hidden, weight, bias, targets = _inputs(3, 9000, 2)
-    assert bias is not None
     targets %= 100
     bias[200:] = -torch.inf
     bias[:100] += 100
@@ -277,7 +278,7 @@ class _LargestAllocation(TorchDispatchMode):
             with self:
                 return self.inside[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.nbytes)
         return out
@@ -327,7 +328,7 @@ def test_op_is_a_node_of_torch_compile():
     torch.library.opcheck(torch.ops.recis.linear_cross_entropy.default, args)
     for reduction in REDUCTIONS:
 
-        def loss(hidden, weight, bias, reduction=reduction):
+        def loss(hidden, weight, bias, reduction: Any = reduction):
             out = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, label_smoothing=0.1)
             return (out * torch.arange(1.0, 1.0 + out.numel())).sum()
 
@@ -343,7 +344,8 @@ def launches() -> None:
         for dtype in TOLERANCE:
             hidden, weight, bias, targets = _inputs(2, vocab, 4, dtype)
             hidden.requires_grad_()
-            for options in ({}, {"bias": bias}, {"softcap": 3.0}, {"bias": bias, "softcap": 3.0}):
+            variants: list[dict[str, Any]] = [{}, {"bias": bias}, {"softcap": 3.0}, {"bias": bias, "softcap": 3.0}]
+            for options in variants:
                 for smoothing in (0.0, 0.1):
                     linear_cross_entropy(
                         hidden, weight, targets, label_smoothing=smoothing, impl="triton", **options

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens without their logits: against the float64 reference, forward and gradients; by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +43,14 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"softcap": 2.5, "temperature": 1.5}], ids=str)
 @pytest.mark.parametrize("sizes", [(0, 5, 3), (1, 1, 1), (9, 65, 7), (3, 4200, 3)], ids=str)
 def test_matches_reference(impl, dtype, options, sizes):
-    inputs = _inputs(*sizes, dtype)
+    num_tokens, vocab, width = sizes
+    inputs = _inputs(num_tokens, vocab, width, dtype)
     inputs[3][1:2] = -100
     stats, grads = _values_and_grads(inputs, impl=impl, **options)
     want_stats, want_grads = _values_and_grads(inputs, impl="reference", **options)
     assert len(grads) == 3
     for got, want in zip(stats, want_stats, strict=True):
+        assert got is not None
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)  # sums are in fp32 for bf16 too
     for got, want in zip(grads, want_grads, strict=True):
@@ -165,7 +168,8 @@ def launches() -> None:
         for dtype in TOLERANCE:
             hidden, weight, bias, targets = _inputs(2, vocab, 4, dtype)
             hidden.requires_grad_()
-            for options in ({}, {"bias": bias}, {"softcap": 3.0}, {"bias": bias, "softcap": 3.0}):
+            variants: list[dict[str, Any]] = [{}, {"bias": bias}, {"softcap": 3.0}, {"bias": bias, "softcap": 3.0}]
+            for options in variants:
                 token_stats(
                     hidden, weight, targets, with_entropy=True, impl="triton", **options
                 ).logprob.sum().backward()
