@@ -22,7 +22,9 @@ from torch import Tensor
 
 from recis.embedding.row_owners import RowOwners
 from recis.embedding.step_clock import from_low_seconds
+from recis_kernels.dispatch import njit
 from recis_kernels.row_blocks import RowBlocks
+from recis_kernels.row_copies import copy_rows, read_either
 
 if TYPE_CHECKING:
     from recis.embedding.rows import RowStore
@@ -58,15 +60,14 @@ class StoreSnapshot:
 
     def keep(self, rows: Tensor) -> None:
         """Copy those of rows [N] (-1 is ignored) that are marked; waits while there is no room."""
-        rows = rows[(rows >= 0) & (rows < self._state.size)]
         with self._changed:
             while True:
-                rows = rows[torch.from_numpy(self._state[rows.numpy()] == _MARKED)]
+                rows = torch.from_numpy(_marked(self._state, rows.numpy()))
                 part = rows[: self._capacity - self._places.num_used]
                 if part.numel():
                     places = self._places.take(torch.zeros(part.numel(), dtype=torch.int32))
                     self._copies.grow(self._places.num_fresh)
-                    self._copies.write(places, self._store.blocks.read(part))
+                    copy_rows(self._store.blocks, part, self._copies, places)
                     self._state[part.numpy()] = places.numpy()
                 if part.numel() == rows.numel():
                     return
@@ -100,13 +101,8 @@ class StoreSnapshot:
                 raise ValueError(
                     "a snapshot gives each of its rows once; some of these were read before, or never in it"
                 )
-            fields = self._store.blocks.read(rows)
-            copied = np.flatnonzero(states >= 0)
-            places = torch.from_numpy(states[copied])
-            if copied.size:
-                for name, values in self._copies.read(places).items():
-                    fields[name][torch.from_numpy(copied)] = values
-            self._release(rows, places)
+            fields = read_either(self._store.blocks, rows, self._copies, torch.from_numpy(states))
+            self._release(rows, torch.from_numpy(states[states >= 0]))
         return fields
 
     def _release(self, rows: Tensor, places: Tensor) -> None:
@@ -122,6 +118,18 @@ class StoreSnapshot:
             self._num_open -= 1
             if self._num_open == 0:
                 self._store.snapshot = None
+
+
+@njit
+def _marked(state, rows):
+    """Return those of rows that are marked, in their order; rows without a state (-1, or newer than it) are not."""
+    out = np.empty(rows.size, np.int64)
+    found = 0
+    for row in rows:
+        if 0 <= row < state.size and state[row] == _MARKED:
+            out[found] = row
+            found += 1
+    return out[:found]
 
 
 class TableSnapshot:
