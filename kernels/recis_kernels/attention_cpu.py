@@ -1,6 +1,6 @@
 """Attention over variable-length sequences on the CPU: matrix products over blocks of sequences of about one length.
 
-Sequences are grouped by length (a fifth longer at most, so little is padded), each group's rows laid out as
+Sequences are grouped by length (some longer than others by a third at most), each group's rows laid out as
 [G, H, T, D] with the padding in front: positions count from the last key, so all of a group share distances and the
 causal edge. Scores live in tiles of at most TILE numbers, or one row of a head; a backward pass makes them again.
 
@@ -11,6 +11,7 @@ tables are summed in fp64, head by head in the order of the pairs, so their grad
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,56 +21,101 @@ from recis_kernels.attention_inputs import AttentionInputs
 from recis_kernels.dispatch import njit
 from recis_kernels.threads import run_parts, split
 
-TILE = 1 << 19  # scores at a time: 2 MiB, twice that with their gradients, stays in cache
-GROUP_ROWS = 1 << 14
+TILE = 1 << 20  # scores at a time: 4 MiB; smaller tiles cost calls, larger ones the cache
+GROUP_ROWS = 1 << 14  # padded rows of a group
 _CAUSAL_ROWS = 64  # queries of a causal tile: more of them touch more keys that none of them sees
-_GROWTH = 1.2
+_GROWTH = 1.3  # of lengths within a group: fewer groups against less padding
 MASKED = -1e30  # silu and its slope are 0 there; -inf would give NaN
 
-# scores [.., Q, K] in, and N per sequence -> (weights, what their sum with the values is divided by, log of the row's sum)
+# scores [G, H, Q, K] in, and N per sequence -> (weights, what their sum with the values is divided by, log of the row's sum)
 Weigh = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 # scores, d loss / d weights, log of the row's sum, sum of weights * d weights, N -> (weights, d loss / d scores)
 Pull = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Rows:
+    """Where the rows of some sequences lie, and their cells in a block [G, T] padded in front."""
+
+    def __init__(self, first: np.ndarray, count: np.ndarray) -> None:
+        self.first, self.count, self.longest = first, count, int(count.max())
+        step = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        front = np.arange(len(first)) * self.longest + self.longest - count
+        self.source = torch.from_numpy(np.repeat(first, count) + step)
+        self.cells = torch.from_numpy(np.repeat(front, count) + step)
+
+    def load(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows [L, H, D] as [G, H, T, D]; zeros stand in front of the shorter sequences."""
+        if len(self.first) == 1:
+            return rows[self.first[0] : self.first[0] + self.longest].to(dtype).transpose(0, 1)[None]
+        padded = rows.new_zeros((len(self.first), self.longest, *rows.shape[1:]), dtype=dtype)
+        padded.view(-1, *rows.shape[1:]).index_copy_(0, self.cells, rows.index_select(0, self.source).to(dtype))
+        return padded.transpose(1, 2).contiguous()
+
+    def load_numbers(self, numbers: Tensor) -> np.ndarray:
+        """Return numbers [L] as [G, T]."""
+        return self.load(numbers[:, None, None], numbers.dtype)[:, 0, :, 0].numpy()
+
+    def store(self, rows: Tensor, padded: Tensor) -> None:
+        """Write [G, H, T, D] back to rows [L, H, D]."""
+        if len(self.first) == 1:
+            rows[self.first[0] : self.first[0] + self.longest] = padded[0].transpose(0, 1)
+            return
+        flat = padded.transpose(1, 2).reshape(-1, padded.shape[1], padded.shape[3])
+        rows.index_copy_(0, self.source, flat.index_select(0, self.cells).to(rows.dtype))
 
 
 @dataclass(frozen=True)
 class _Group:
     """Sequences that are computed together."""
 
-    query_first: np.ndarray
-    query_count: np.ndarray
-    key_first: np.ndarray
-    key_count: np.ndarray
-    first_target: np.ndarray  # position of each sequence's first target, from the front of the padded keys
+    queries: _Rows
+    keys: _Rows
+    num_targets: np.ndarray
 
-    @property
-    def num_queries(self) -> int:
-        return int(self.query_count.max())
 
-    @property
-    def num_keys(self) -> int:
-        return int(self.key_count.max())
+class _Block:
+    """The rows of a group [G, H, T, D] in the dtype of the sums, the padding in front."""
+
+    def __init__(self, inputs: AttentionInputs, group: _Group) -> None:
+        dtype = inputs.sum_dtype
+        self.group = group
+        self.queries = group.queries.load(inputs.query, dtype)
+        self.keys = group.keys.load(inputs.key, dtype)
+        self.values = group.keys.load(inputs.value, dtype)
+        self.query_times, self.key_times = None, None
+        if inputs.query_times is not None and inputs.key_times is not None:
+            self.query_times = group.queries.load_numbers(inputs.query_times)
+            self.key_times = group.keys.load_numbers(inputs.key_times)
+        counts = group.keys.count if inputs.divisor == 0 else np.full_like(group.keys.count, inputs.divisor)
+        self.divisor = torch.from_numpy(counts).to(dtype)[:, None, None, None]
+
+
+class _Tile(NamedTuple):
+    """Scores that exist at one time; `columns` start at the first key."""
+
+    heads: slice
+    rows: slice
+    columns: slice
 
 
 def forward(inputs: AttentionInputs, weigh: Weigh, masked: float) -> tuple[Tensor, Tensor]:
-    """Return (out, log of each row's sum [L, H]); the second is unwritten where `weigh` gives none."""
+    """Return (out, log of each row's sum [L, H]); the second stays -inf where `weigh` gives none."""
     query, value = inputs.query, inputs.value
     num_heads = query.shape[1]
     out = query.new_zeros(query.shape[0], num_heads, value.shape[2])
     log_sum = torch.full((query.shape[0], num_heads), -torch.inf, dtype=inputs.sum_dtype)
     for group in _groups(inputs):
-        queries, keys, values = _load_all(inputs, group)
-        outs = values.new_zeros(*queries.shape[:3], values.shape[3])
-        logs = values.new_full((*queries.shape[:3], 1), -torch.inf)
-        divisor = _divisor(inputs, group)
-        for heads, rows, columns in _tiles(inputs, group):
-            scores = _scores(inputs, group, queries, keys, heads, rows, columns, masked)[0]
-            weights, total, log = weigh(scores, divisor)
-            outs[:, heads, rows] = (weights @ values[:, heads, columns]).div_(total)
+        block = _Block(inputs, group)
+        outs = block.values.new_zeros(*block.queries.shape[:3], value.shape[2])
+        logs = outs.new_full((*outs.shape[:3], 1), -torch.inf)
+        for tile in _tiles(inputs, group):
+            heads, rows, columns = tile
+            weights, total, log = weigh(_scores(inputs, block, tile, masked)[0], block.divisor)
+            outs[:, heads, rows] = (weights @ block.values[:, heads, columns]).div_(total)
             if log is not None:
                 logs[:, heads, rows] = log
-        _store(out, outs, group.query_first, group.query_count)
-        _store(log_sum[..., None], logs, group.query_first, group.query_count)
+        group.queries.store(out, outs)
+        group.queries.store(log_sum[..., None], logs)
     return out, log_sum
 
 
@@ -85,34 +131,34 @@ def backward(
         torch.zeros(0 if table is None else table.shape, dtype=torch.float64)
         for table in (inputs.position_table, inputs.time_table)
     )
+    wide = inputs.sum_dtype
     for group in _groups(inputs):
-        queries, keys, values = _load_all(inputs, group)
-        grad_outs = _load(grad, group.query_first, group.query_count, inputs.sum_dtype)
+        block = _Block(inputs, group)
+        grad_outs = group.queries.load(grad, wide)
         weighted, logs = None, None
         if out is not None and log_sum is not None:
-            outs = _load(out, group.query_first, group.query_count, inputs.sum_dtype)
-            weighted = (outs * grad_outs).sum(3, keepdim=True)
-            logs = _load(log_sum[..., None], group.query_first, group.query_count, inputs.sum_dtype)
-        query_grads, key_grads, value_grads = (torch.zeros_like(part) for part in (queries, keys, values))
-        divisor = _divisor(inputs, group)
-        for heads, rows, columns in _tiles(inputs, group):
-            scores, buckets = _scores(inputs, group, queries, keys, heads, rows, columns, masked)
+            weighted = (group.queries.load(out, wide) * grad_outs).sum(3, keepdim=True)
+            logs = group.queries.load(log_sum[..., None], wide)
+        query_grads, key_grads, value_grads = (
+            torch.zeros_like(part) for part in (block.queries, block.keys, block.values)
+        )
+        for tile in _tiles(inputs, group):
+            heads, rows, columns = tile
+            scores, buckets = _scores(inputs, block, tile, masked)
             grad_out = grad_outs[:, heads, rows]
-            grad_weights = grad_out @ values[:, heads, columns].mT
+            grad_weights = grad_out @ block.values[:, heads, columns].mT
             log, mean = (None if part is None else part[:, heads, rows] for part in (logs, weighted))
-            weights, slopes = pull(scores, grad_weights, log, mean, divisor)
+            weights, slopes = pull(scores, grad_weights, log, mean, block.divisor)
             value_grads[:, heads, columns] += weights.mT @ grad_out
-            query_grads[:, heads, rows] = (slopes @ keys[:, heads, columns]).mul_(inputs.scale)
-            key_grads[:, heads, columns] += (slopes.mT @ queries[:, heads, rows]).mul_(inputs.scale)
+            query_grads[:, heads, rows] = (slopes @ block.keys[:, heads, columns]).mul_(inputs.scale)
+            key_grads[:, heads, columns] += (slopes.mT @ block.queries[:, heads, rows]).mul_(inputs.scale)
             if inputs.position_table is not None:
-                ahead = (group.num_keys - group.num_queries) + rows.start
-                _fold_distances(slopes, ahead, position_grad[heads])
+                _fold_distances(slopes, _ahead(group, tile), position_grad[heads])
             if buckets is not None:
                 _fold_buckets(slopes, buckets, time_grad[heads])
-        _store(query_grad, query_grads, group.query_first, group.query_count)
-        _store(key_grad, key_grads, group.key_first, group.key_count)
-        _store(value_grad, value_grads, group.key_first, group.key_count)
-    wide = inputs.sum_dtype
+        group.queries.store(query_grad, query_grads)
+        group.keys.store(key_grad, key_grads)
+        group.keys.store(value_grad, value_grads)
     return query_grad, key_grad, value_grad, position_grad.to(wide), time_grad.to(wide)
 
 
@@ -141,14 +187,14 @@ def _groups(inputs: AttentionInputs) -> Iterator[_Group]:
         together = max(1, min(TILE // (num_heads * least * columns), GROUP_ROWS // max(rows, columns)))
         for first in range(0, members.size, together):
             part = members[first : first + together]
-            target = int(key_count[part].max()) - targets[part]
-            yield _Group(query_ends[part], query_count[part], key_ends[part], key_count[part], target)
+            queries, keys = _Rows(query_ends[part], query_count[part]), _Rows(key_ends[part], key_count[part])
+            yield _Group(queries, keys, targets[part])
 
 
-def _tiles(inputs: AttentionInputs, group: _Group) -> Iterator[tuple[slice, slice, slice]]:
-    """Return the heads, queries and keys (from the first on) of each tile of scores."""
-    num_heads, num_queries, num_keys = inputs.query.shape[1], group.num_queries, group.num_keys
-    together = len(group.query_first)
+def _tiles(inputs: AttentionInputs, group: _Group) -> Iterator[_Tile]:
+    """Cut the scores of a group into tiles, without those that no query sees."""
+    num_heads, num_queries, num_keys = inputs.query.shape[1], group.queries.longest, group.keys.longest
+    together = len(group.num_targets)
     fewest = min(num_queries, _CAUSAL_ROWS)
     num_together = max(1, min(num_heads, TILE // (together * fewest * num_keys)))
     num_rows = max(1, min(num_queries, TILE // (together * num_together * num_keys)))
@@ -160,107 +206,55 @@ def _tiles(inputs: AttentionInputs, group: _Group) -> Iterator[tuple[slice, slic
             rows = slice(first, min(first + num_rows, num_queries))
             last_seen = num_keys - num_queries + rows.stop if inputs.causal else num_keys
             if last_seen > 0:
-                yield heads, rows, slice(0, min(last_seen, num_keys))
+                yield _Tile(heads, rows, slice(0, min(last_seen, num_keys)))
 
 
-def _scores(
-    inputs: AttentionInputs,
-    group: _Group,
-    queries: Tensor,
-    keys: Tensor,
-    heads: slice,
-    rows: slice,
-    columns: slice,
-    masked: float,
-) -> tuple[Tensor, np.ndarray | None]:
+def _ahead(group: _Group, tile: _Tile) -> int:
+    """Return the position of the tile's first query, counted from the first of the padded keys."""
+    return group.keys.longest - group.queries.longest + tile.rows.start
+
+
+def _scores(inputs: AttentionInputs, block: _Block, tile: _Tile, masked: float) -> tuple[Tensor, np.ndarray | None]:
     """Return the scores [G, H, Q, K] of a tile with their biases, `masked` where a pair may not meet; and time buckets."""
-    scores = (queries[:, heads, rows] @ keys[:, heads, columns].mT).mul_(inputs.scale)
-    array = scores.numpy()
+    group, (heads, rows, columns) = block.group, tile
+    scores = (block.queries[:, heads, rows] @ block.keys[:, heads, columns].mT).mul_(inputs.scale)
+    array, ahead = scores.numpy(), _ahead(group, tile)
     together, num_heads, num_rows, num_columns = array.shape
-    ahead = (group.num_keys - group.num_queries) + rows.start  # of the first query over the first key
     distances = np.zeros((num_heads, 0), array.dtype)
     if inputs.position_table is not None:
         reach = inputs.position_table.shape[1] // 2
         at = torch.arange(ahead + num_rows - 1, ahead - num_columns, -1).clamp(-reach, reach) + reach
         distances = inputs.position_table[heads].detach().index_select(1, at).numpy()
-    buckets, table = None, np.zeros((num_heads, 0), array.dtype)
+    buckets, table = np.zeros((together, 0, 0), np.int32), np.zeros((num_heads, 0), array.dtype)
     if inputs.time_table is not None:
-        buckets = _buckets(inputs, group, rows, columns)
+        buckets = _buckets(inputs, block, tile)
         table = inputs.time_table[heads].detach().contiguous().numpy()
-    empty = np.zeros((together, 0, 0), np.int32) if buckets is None else buckets
-    first_query = group.num_queries - group.query_count - rows.start
-    first_key = group.num_keys - group.key_count
-    limits = np.stack([first_query, first_key, group.first_target], 1)
+    first_query = group.queries.longest - group.queries.count - rows.start
+    first_key, first_target = group.keys.longest - group.keys.count, group.keys.longest - group.num_targets
+    limits = np.stack([first_query, first_key, first_target], 1)
 
     def loop(start: int, stop: int) -> None:
-        _finish(array, distances, table, empty, limits, ahead, inputs.causal, masked, start, stop)
+        _finish(array, distances, table, buckets, limits, ahead, inputs.causal, masked, start, stop)
 
     run_parts(loop, split(together * num_heads, min_items=max(1, 65536 // (num_rows * num_columns))))
-    return scores, buckets
+    return scores, None if inputs.time_table is None else buckets
 
 
-def _buckets(inputs: AttentionInputs, group: _Group, rows: slice, columns: slice) -> np.ndarray:
+def _buckets(inputs: AttentionInputs, block: _Block, tile: _Tile) -> np.ndarray:
+    """Return the time bucket of each pair of a tile, int32 [G, Q, K]."""
     assert inputs.boundaries is not None
-    assert inputs.query_times is not None
-    assert inputs.key_times is not None
-    query_times = _load(inputs.query_times[:, None, None], group.query_first, group.query_count, torch.int64)
-    key_times = _load(inputs.key_times[:, None, None], group.key_first, group.key_count, torch.int64)
-    queried = query_times[:, 0, rows, 0].contiguous().numpy()
-    keyed = key_times[:, 0, columns, 0].contiguous().numpy()
-    found = np.empty((len(group.query_first), queried.shape[1], keyed.shape[1]), np.int32)
+    assert block.query_times is not None
+    assert block.key_times is not None
+    queried = np.ascontiguousarray(block.query_times[:, tile.rows])  # one memory layout: one compiled loop
+    keyed = np.ascontiguousarray(block.key_times[:, tile.columns])
+    found = np.empty((len(queried), queried.shape[1], keyed.shape[1]), np.int32)
     bounds = inputs.boundaries.contiguous().numpy()
-    num_rows = found.shape[0] * found.shape[1]
 
     def loop(start: int, stop: int) -> None:
         _find_buckets(queried, keyed, bounds, found, start, stop)
 
-    run_parts(loop, split(num_rows, min_items=max(1, 16384 // found.shape[2])))
+    run_parts(loop, split(found.shape[0] * found.shape[1], min_items=max(1, 16384 // found.shape[2])))
     return found
-
-
-def _divisor(inputs: AttentionInputs, group: _Group) -> Tensor:
-    counts = group.key_count if inputs.divisor == 0 else np.full_like(group.key_count, inputs.divisor)
-    return torch.from_numpy(counts).to(inputs.sum_dtype)[:, None, None, None]
-
-
-# ---- rows of a group, padded in front
-
-
-def _load_all(inputs: AttentionInputs, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = inputs.sum_dtype
-    return (
-        _load(inputs.query, group.query_first, group.query_count, dtype),
-        _load(inputs.key, group.key_first, group.key_count, dtype),
-        _load(inputs.value, group.key_first, group.key_count, dtype),
-    )
-
-
-def _load(rows: Tensor, first: np.ndarray, count: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Return rows [L, H, D] of some sequences as [G, H, T, D]; zeros stand in front of the shorter ones."""
-    if len(first) == 1:
-        return rows[first[0] : first[0] + count[0]].to(dtype).transpose(0, 1)[None]
-    padded = rows.new_zeros((len(first), int(count.max()), *rows.shape[1:]), dtype=dtype)
-    source, target = _cells(first, count)
-    padded.view(-1, *rows.shape[1:]).index_copy_(0, target, rows.index_select(0, source).to(dtype))
-    return padded.transpose(1, 2).contiguous()
-
-
-def _store(rows: Tensor, padded: Tensor, first: np.ndarray, count: np.ndarray) -> None:
-    """Write [G, H, T, D] back to the rows [L, H, D] of its sequences."""
-    if len(first) == 1:
-        rows[first[0] : first[0] + count[0]] = padded[0].transpose(0, 1)
-        return
-    source, target = _cells(first, count)
-    flat = padded.transpose(1, 2).reshape(-1, padded.shape[1], padded.shape[3])
-    rows.index_copy_(0, source, flat.index_select(0, target).to(rows.dtype))
-
-
-def _cells(first: np.ndarray, count: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return the row of each item of some sequences, and its cell in their padded block."""
-    longest = int(count.max())
-    step = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-    front = np.arange(len(first)) * longest + longest - count
-    return torch.from_numpy(np.repeat(first, count) + step), torch.from_numpy(np.repeat(front, count) + step)
 
 
 # ---- gradients of the tables

@@ -4,15 +4,16 @@ One owns a tile of queries, writes their gradients and its share of the bias tab
 the other owns a tile of keys, writes the gradients of keys and values, and walks over the queries.
 """
 
-# pyright: reportPossiblyUnbound=false
-# pyright: reportArgumentType=false
-# a constexpr switch makes the names that only its own branches read
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportArgumentType=false
+# a constexpr switch makes the names that only its own branches read, and pyright does not know that tl.min gives a number
 
 from recis_kernels.attention_tiles import (
     add_product,
+    key_steps,
     place_of_tile,
     position_bias,
     product_of_rows,
+    store_distances,
     time_buckets,
     visible,
     weights_and_slopes,
@@ -130,7 +131,17 @@ def _attention_query_grad_kernel(
     end = num_keys
     if CAUSAL:
         end = tl.minimum(num_keys, first + BLOCK + shift)
-    for start in range(0, end, BLOCK):
+    num_steps, jump = key_steps(first, end, first_target, HAS_TARGETS, BLOCK)
+    for step in range(num_steps):
+        start = step * BLOCK
+        if HAS_TARGETS:
+            start = tl.where(step == jump, first, start)
+            if HAS_POSITION:  # noqa: SIM102, the outer switch is constexpr
+                if step == jump:  # the next tile does not continue the distances of the last one
+                    behind, before = store_distances(carried, first + shift - step * BLOCK, position_row, reach, BLOCK)
+                    farthest += behind
+                    nearest += before
+                    carried = tl.zeros([BLOCK], dtype=tl.float32)
         columns = start + lane
         column_ok = columns < num_keys
         key_rows = key_first + columns
@@ -176,15 +187,16 @@ def _attention_query_grad_kernel(
             by_distance = tl.gather(slopes, skewed, 1)
             done = carried + tl.sum(tl.where(is_high, by_distance, 0.0), 0)
             carried = tl.sum(tl.where(is_high, 0.0, by_distance), 0)
-            distance = first + shift - start + lane
-            tl.store(position_row + reach + distance, done, mask=(distance > -reach) & (distance < reach))
-            farthest += tl.sum(tl.where(distance >= reach, done, 0.0))
-            nearest += tl.sum(tl.where((distance <= -reach) & (distance < reach), done, 0.0))
+            behind, before = store_distances(done, first + shift - start, position_row, reach, BLOCK)
+            farthest += behind
+            nearest += before
     if HAS_POSITION:
-        distance = first + shift - tl.cdiv(tl.maximum(end, 0), BLOCK) * BLOCK + lane
-        tl.store(position_row + reach + distance, carried, mask=(distance > -reach) & (distance < reach))
-        farthest += tl.sum(tl.where(distance >= reach, carried, 0.0))
-        nearest += tl.sum(tl.where((distance <= -reach) & (distance < reach), carried, 0.0))
+        past = num_steps * BLOCK
+        if HAS_TARGETS:
+            past = tl.where(jump >= 0, first + BLOCK, past)
+        behind, before = store_distances(carried, first + shift - past, position_row, reach, BLOCK)
+        farthest += behind
+        nearest += before
         both = tl.where(reach == 0, farthest + nearest, 0.0)  # a table of one entry: its ends are the same
         tl.store(position_row, tl.where(reach == 0, both, nearest))
         tl.store(position_row + 2 * reach, tl.where(reach == 0, both, farthest))
@@ -284,7 +296,10 @@ def _attention_key_grad_kernel(
     begin = 0
     if CAUSAL:
         begin = tl.maximum(first - shift, 0) // BLOCK * BLOCK  # earlier queries stand before all of these keys
-    for start in range(begin, num_queries, BLOCK):
+    end = num_queries
+    if CAUSAL and HAS_TARGETS:
+        end = tl.where(first >= first_target, tl.minimum(end, first + BLOCK), end)  # no other target sees these
+    for start in range(begin, end, BLOCK):
         rows = start + lane
         row_ok = rows < num_queries
         query_rows = query_first + rows

@@ -4,11 +4,12 @@ Every program owns one tile of queries of one sequence and one head, and walks o
 the last tile end at once: their number is an upper bound.
 """
 
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # a constexpr switch makes the names that only its own branches read
 
 from recis_kernels.attention_tiles import (
     add_product,
+    key_steps,
     place_of_tile,
     position_bias,
     product_of_rows,
@@ -99,7 +100,11 @@ def _attention_forward_kernel(
     end = num_keys
     if CAUSAL:
         end = tl.minimum(num_keys, first + BLOCK + shift)
-    for start in range(0, end, BLOCK):
+    num_steps, jump = key_steps(first, end, first_target, HAS_TARGETS, BLOCK)
+    for step in range(num_steps):
+        start = step * BLOCK
+        if HAS_TARGETS:
+            start = tl.where(step == jump, first, start)
         columns = start + lane
         column_ok = columns < num_keys
         key_rows = key_first + columns

@@ -51,6 +51,21 @@ def visible(query_at, key_at, num_keys, first_target, CAUSAL: tl.constexpr, HAS_
 
 
 @jit
+def key_steps(first, end, first_target, HAS_TARGETS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (how many key tiles a query tile meets, the step that jumps to the tile itself, or -1).
+
+    A tile of targets alone meets the history and then itself; the targets between would all be masked.
+    """
+    num_steps, jump = tl.cdiv(tl.maximum(end, 0), BLOCK), -1
+    if HAS_TARGETS:
+        history = tl.cdiv(tl.maximum(first_target, 0), BLOCK)
+        alone = first >= tl.maximum(first_target, 0)
+        num_steps = tl.where(alone, history + 1, num_steps)
+        jump = tl.where(alone & (first > history * BLOCK), history, -1)
+    return num_steps, jump
+
+
+@jit
 def time_buckets(query_time, key_time, boundaries_ptr, num_boundaries, boundary_steps):
     """Return how many boundaries are <= the time difference of each pair."""
     difference = query_time - key_time
@@ -69,6 +84,16 @@ def position_bias(query_at, key_at, pairs, table_ptr, width):
     reach = (width - 1) // 2
     distance = tl.minimum(tl.maximum(query_at - key_at, -reach), reach)
     return tl.load(table_ptr + (distance + reach), mask=pairs, other=0.0)
+
+
+@jit
+def store_distances(sums, first_distance, row_ptr, reach, BLOCK: tl.constexpr):
+    """Write the sums of BLOCK distances to their entries; return what the table's two ends get, (behind, ahead)."""
+    distance = first_distance + tl.arange(0, BLOCK)
+    tl.store(row_ptr + reach + distance, sums, mask=(distance > -reach) & (distance < reach))
+    behind = tl.sum(tl.where(distance >= reach, sums, 0.0))
+    ahead = tl.sum(tl.where((distance <= -reach) & (distance < reach), sums, 0.0))
+    return behind, ahead
 
 
 @jit

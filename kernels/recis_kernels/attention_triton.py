@@ -96,6 +96,7 @@ def backward(
             first_tile,
             *sizes,
             NUM_BUCKETS=_power_of_two(num_buckets, 1),
+            maxnreg=255,  # left to itself ptxas spills some to fit in a second block per SM
             **options,
         )
         position_grad += position_partial.sum(0)
@@ -129,8 +130,9 @@ def _options(inputs: AttentionInputs, softmax: bool) -> tuple[int, dict[str, int
     key_dim, value_dim = (_power_of_two(rows.shape[2], _MIN_DIM) for rows in (inputs.key, inputs.value))
     widest = max(key_dim, value_dim)
     if inputs.query.dtype == torch.bfloat16:  # tensor cores: whole rows of numbers
-        block, chunk = (64 if widest <= 64 else 32), 0
-        num_warps = 4 if widest <= 64 and inputs.time_table is None else 8
+        has_tables = inputs.position_table is not None or inputs.time_table is not None
+        block, chunk = (64 if widest <= 64 and not has_tables else 32), 0
+        num_warps = 4 if widest <= 64 else 8
     else:  # full fp32 products hold their operands in registers: some numbers of each row at a time
         block, chunk, num_warps = (32 if widest <= 128 else 16), 16, 8
     return block, {

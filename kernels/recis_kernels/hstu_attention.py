@@ -74,10 +74,10 @@ def hstu_attention(
     check_targets(num_targets, offsets)
     table = check_position_table(position_bias, query)
     times = check_time(time, query, key)
-    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    factor = query.shape[2] ** -0.5 if scale is None else float(scale)
     if impl == "reference":
-        return _reference(_inputs(query, key, value, offsets, table, *times, num_targets, causal, scale, max_length))
-    return _op(query, key, value, offsets, table, *times, num_targets, causal, scale, max_length, impl)
+        return _reference(_inputs(query, key, value, offsets, table, *times, num_targets, causal, factor, max_length))
+    return _op(query, key, value, offsets, table, *times, num_targets, causal, factor, max_length, impl)
 
 
 def _inputs(
@@ -188,7 +188,7 @@ def _op(
         *(num_targets, causal, scale, max_length),
     )
     check_contents_if_asked(inputs)
-    return choose(impl, query, triton=_triton, numba=_cpu)(inputs)
+    return choose(impl, query, triton=_triton, numba=_cpu)(inputs)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("recis::hstu_attention_grad", mutates_args=())
@@ -215,7 +215,7 @@ def _grad_op(
         *(position_bias, time_table, boundaries, query_times, key_times),
         *(num_targets, causal, scale, max_length),
     )
-    return choose(impl, query, triton=_triton_grad, numba=_cpu_grad)(inputs, grad)
+    return choose(impl, query, triton=_triton_grad, numba=_cpu_grad)(inputs, grad)  # type: ignore[arg-type]
 
 
 @_op.register_fake

@@ -71,11 +71,11 @@ def jagged_attention(
         )
     table = check_position_table(position_bias, query)
     times = check_time(time, query, key)
-    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    factor = query.shape[2] ** -0.5 if scale is None else float(scale)
     if impl == "reference":
-        inputs = _inputs(query, key, value, offsets, key_offsets, table, *times, causal, scale)
+        inputs = _inputs(query, key, value, offsets, key_offsets, table, *times, causal, factor)
         return _reference(inputs)
-    return _op(query, key, value, offsets, key_offsets, table, *times, causal, scale, impl)[0]
+    return _op(query, key, value, offsets, key_offsets, table, *times, causal, factor, impl)[0]
 
 
 def _inputs(
@@ -188,7 +188,7 @@ def _op(
         *(causal, scale),
     )
     check_contents_if_asked(inputs)
-    return choose(impl, query, triton=_triton, numba=_cpu)(inputs)
+    return choose(impl, query, triton=_triton, numba=_cpu)(inputs)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("recis::jagged_attention_grad", mutates_args=())
@@ -216,7 +216,7 @@ def _grad_op(
         *(position_bias, time_table, boundaries, query_times, key_times),
         *(causal, scale),
     )
-    return choose(impl, query, triton=_triton_grad, numba=_cpu_grad)(inputs, out, log_sum, grad)
+    return choose(impl, query, triton=_triton_grad, numba=_cpu_grad)(inputs, out, log_sum, grad)  # type: ignore[arg-type]
 
 
 @_op.register_fake

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,18 @@ from recis_kernels.jagged import lengths_to_offsets
 
 # bf16: weights and slopes are rounded to 2**-9 before the second product, and so is the result
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float64: 1e-10}
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 NAMES = ("out", "query", "key", "value", "position", "time")
+
+
+def leaves_of(rows: Rows) -> Rows:
+    query, key, value = (part.detach().clone().requires_grad_() for part in rows)
+    return query, key, value
 
 
 def run(impl, rows, offsets, *, position=None, time=None, **options):
     """Return the output and the gradient of each differentiable input that is there."""
-    leaves = [part.detach().clone().requires_grad_() for part in rows]
+    leaves = leaves_of(rows)
     tables = {}
     if position is not None:
         tables["position_bias"] = position.clone().requires_grad_()
@@ -58,6 +65,8 @@ CASES = {
     "position": {"lengths": [3, 37, 0, 9], "dims": (5, 9), "width": 13},
     "time": {"lengths": [9, 33, 1], "dims": (8, 8), "buckets": 6},
     "targets": {"lengths": [9, 36, 1, 4, 0], "targets": [3, 34, 1, 0, 0], "dims": (4, 4), "width": 9, "buckets": 4},
+    "many targets": {"lengths": [100], "targets": [70], "dims": (4, 4), "width": 151, "buckets": 3, "heads": 1},
+    "many targets, not causal": {"lengths": [98], "targets": [60], "dims": (4, 4), "causal": False, "width": 41},
     "targets, not causal": {"lengths": [5, 34], "targets": [5, 2], "dims": (4, 4), "causal": False},
     "one sequence": {"lengths": [70], "targets": [8], "dims": (65, 33), "width": 21, "heads": 1},
     "scale": {"lengths": [4, 7], "dims": (3, 3), "scale": -1.5, "heads": 3},
@@ -66,12 +75,12 @@ CASES = {
 }
 
 
-def build(case, dtype):
+def build(case, dtype) -> tuple[Rows, torch.Tensor, dict[str, Any]]:
     case = dict(case)
     heads, (key_dim, value_dim) = case.get("heads", 2), case["dims"]
     num_items = sum(case["lengths"])
-    rows = [torch.randn(num_items, heads, dim).to(dtype) for dim in (key_dim, key_dim, value_dim)]
-    options = {name: case[name] for name in ("causal", "scale", "max_length") if name in case}
+    query, key, value = (torch.randn(num_items, heads, dim).to(dtype) for dim in (key_dim, key_dim, value_dim))
+    options: dict[str, Any] = {name: case[name] for name in ("causal", "scale", "max_length") if name in case}
     if "targets" in case:
         options["num_targets"] = torch.tensor(case["targets"])
     if "width" in case:
@@ -82,7 +91,7 @@ def build(case, dtype):
             boundaries=torch.tensor([-40, -3, 0, 2, 9, 50, 51, 300])[: case["buckets"] - 1],
             query_times=torch.randint(-100, 100, (num_items,)).sort().values,
         )
-    return rows, lengths_to_offsets(torch.tensor(case["lengths"], dtype=torch.int64)), options
+    return (query, key, value), lengths_to_offsets(torch.tensor(case["lengths"], dtype=torch.int64)), options
 
 
 @pytest.mark.parametrize("impl", ["numba", "triton"])
@@ -167,7 +176,7 @@ def test_gradcheck():
     rows, offsets, options = build(
         {"lengths": [3, 0, 4], "dims": (3, 2), "buckets": 3, "targets": [1, 0, 2]}, torch.float64
     )
-    rows = [part.requires_grad_() for part in rows]
+    rows = leaves_of(rows)
     position = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -181,13 +190,14 @@ def test_gradcheck():
 
 def test_op_is_a_node_of_torch_compile():
     rows, offsets, options = build(CASES["targets"], torch.float32)
-    rows = [part.requires_grad_() for part in rows]
+    rows = leaves_of(rows)
     time, targets = options["time"], options["num_targets"]
     table, position = time.table.requires_grad_(), options["position"].requires_grad_()
     times = (table, time.boundaries, time.query_times, time.query_times)
+    query, key, value = rows
     op = torch.ops.recis.hstu_attention.default
-    torch.library.opcheck(op, (*rows, offsets, position, *times, targets, True, 0.5, 0, "numba"))
-    torch.library.opcheck(op, (*rows, offsets, None, None, None, None, None, None, False, 0.5, 9, "numba"))
+    torch.library.opcheck(op, (query, key, value, offsets, position, *times, targets, True, 0.5, 0, "numba"))
+    torch.library.opcheck(op, (query, key, value, offsets, None, None, None, None, None, None, False, 0.5, 9, "numba"))
 
     def fn(query, key, value, offsets, position, table):
         bias = TimeBias(table=table, boundaries=times[1], query_times=times[2])
@@ -195,9 +205,9 @@ def test_op_is_a_node_of_torch_compile():
         return out.square()
 
     leaves = (*rows, position, table)
-    want = torch.autograd.grad(fn(*rows, offsets, position, table).sum(), leaves)
+    want = torch.autograd.grad(fn(query, key, value, offsets, position, table).sum(), leaves)
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*rows, offsets, position, table).sum(), leaves)
+    got = torch.autograd.grad(compiled(query, key, value, offsets, position, table).sum(), leaves)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
@@ -216,7 +226,7 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match=r"num_targets must be \[2\] int64; got \(3,\)"):
         hstu_attention(*rows, offsets, num_targets=torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match=r"float64 attention runs on the CPU only"):
-        hstu_attention(*[part.double() for part in rows], offsets, impl="triton")
+        hstu_attention(query.double(), key.double(), value.double(), offsets, impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["numba", "triton"])

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from recis_kernels.jagged_attention import jagged_attention
 
 # bf16: weights and slopes are rounded to 2**-9 before the second product, and so is the result
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float64: 1e-10}
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 NAMES = ("out", "query", "key", "value", "position", "time")
 
 
@@ -32,9 +34,14 @@ def make_time(num_queries: int, num_keys: int, num_heads: int, num_buckets: int 
     )
 
 
+def leaves_of(rows: Rows) -> Rows:
+    query, key, value = (part.detach().clone().requires_grad_() for part in rows)
+    return query, key, value
+
+
 def run(impl, rows, offsets, *, position=None, time=None, **options):
     """Return the output and the gradient of each differentiable input that is there."""
-    leaves = [part.detach().clone().requires_grad_() for part in rows]
+    leaves = leaves_of(rows)
     tables = {}
     if position is not None:
         tables["position_bias"] = position.clone().requires_grad_()
@@ -84,21 +91,21 @@ CASES = {
 }
 
 
-def build(case, dtype):
+def build(case, dtype) -> tuple[Rows, torch.Tensor, dict[str, Any]]:
     case = dict(case)
     key_lengths = case.get("key_lengths", case["lengths"])
     heads, (key_dim, value_dim) = case.get("heads", 2), case["dims"]
     num_queries, num_keys = sum(case["lengths"]), sum(key_lengths)
     shapes = ((num_queries, key_dim), (num_keys, key_dim), (num_keys, value_dim))
-    rows = [torch.randn(length, heads, dim).to(dtype) for length, dim in shapes]
-    options = {name: case[name] for name in ("causal", "scale") if name in case}
+    query, key, value = (torch.randn(length, heads, dim).to(dtype) for length, dim in shapes)
+    options: dict[str, Any] = {name: case[name] for name in ("causal", "scale") if name in case}
     if "key_lengths" in case:
         options["key_offsets"] = offsets_of(key_lengths)
     if "width" in case:
         options["position"] = torch.randn(heads, case["width"])
     if "buckets" in case:
         options["time"] = make_time(num_queries, num_keys, heads, case["buckets"])
-    return rows, offsets_of(case["lengths"]), options
+    return (query, key, value), offsets_of(case["lengths"]), options
 
 
 @pytest.mark.parametrize("impl", ["numba", "triton"])
@@ -229,14 +236,16 @@ def test_strided_rows(impl):
     parts = [packed[:, i] for i in range(3)]
     wide = [torch.randn(11, 4, 2).transpose(1, 2) for _ in range(3)]
     for rows in (parts, wide):
-        out = jagged_attention(*rows, offsets, impl=impl)
-        want = jagged_attention(*[part.contiguous() for part in rows], offsets, impl=impl)
+        query, key, value = rows
+        out = jagged_attention(query, key, value, offsets, impl=impl)
+        query, key, value = (part.contiguous() for part in rows)
+        want = jagged_attention(query, key, value, offsets, impl=impl)
         torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
 
 
 def test_gradcheck():
     rows, offsets, _ = build({"lengths": [3, 0, 4], "dims": (3, 2)}, torch.float64)
-    rows = [part.requires_grad_() for part in rows]
+    rows = leaves_of(rows)
     position, time = torch.randn(2, 5, dtype=torch.float64, requires_grad=True), make_time(7, 7, 2, 4)
     table = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
@@ -263,22 +272,23 @@ def test_threads_do_not_change_table_gradients():
 
 def test_op_is_a_node_of_torch_compile():
     rows, offsets, options = build(CASES["both"], torch.float32)
-    rows = [part.requires_grad_() for part in rows]
+    rows = leaves_of(rows)
     time = options["time"]
     table, position = time.table.requires_grad_(), options["position"].requires_grad_()
     times = (table, time.boundaries, time.query_times, time.key_times)
+    query, key, value = rows
     op = torch.ops.recis.jagged_attention.default
-    torch.library.opcheck(op, (*rows, offsets, offsets, position, *times, True, 0.5, "numba"))
-    torch.library.opcheck(op, (*rows, offsets, offsets, None, None, None, None, None, False, 0.5, "numba"))
+    torch.library.opcheck(op, (query, key, value, offsets, offsets, position, *times, True, 0.5, "numba"))
+    torch.library.opcheck(op, (query, key, value, offsets, offsets, None, None, None, None, None, False, 0.5, "numba"))
 
     def fn(query, key, value, offsets, position, table):
         bias = TimeBias(table=table, boundaries=times[1], query_times=times[2], key_times=times[3])
         return jagged_attention(query, key, value, offsets, causal=True, position_bias=position, time=bias).square()
 
     leaves = (*rows, position, table)
-    want = torch.autograd.grad(fn(*rows, offsets, position, table).sum(), leaves)
+    want = torch.autograd.grad(fn(query, key, value, offsets, position, table).sum(), leaves)
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*rows, offsets, position, table).sum(), leaves)
+    got = torch.autograd.grad(compiled(query, key, value, offsets, position, table).sum(), leaves)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
@@ -308,7 +318,7 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match=r"time.key_times must be \[5\]"):
         jagged_attention(*rows, offsets, time=replace(time, key_times=torch.zeros(4, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"float64 attention runs on the CPU only"):
-        jagged_attention(*[part.double() for part in rows], offsets, impl="triton")
+        jagged_attention(query.double(), key.double(), value.double(), offsets, impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["numba", "triton"])
