@@ -218,9 +218,9 @@ def fetch_source(contribution, sources, dim):
 
 @njit
 def fold_row(first, last, sources, factors, total, dim):
-    """Put the left fold of contributions first .. last - 1, at least one, into floats `total` [dim]; all but counts are addresses.
+    """Put the left fold of contributions first .. last - 1, at least one, into floats `total` [dim].
 
-    Gradient rows are fetched some contributions ahead, into the lists of the rows that follow.
+    All but counts are addresses. Gradient rows are fetched some contributions ahead, into the lists of the rows that follow.
     """
     fold_rows(
         sources + 8 * first, factors + 4 * first if factors != 0 else 0, last - first, total, dim, False, SOURCES_AHEAD

@@ -289,7 +289,7 @@ def fold_lists(
     """Return the left folds [N, BLOCK_D] of contributions first .. last - 1 (int64 [N]); zeros where there is none."""
     total = tl.full([N, BLOCK_D], -0.0, dtype=tl.float32)
     longest = tl.max(last - first, axis=0)
-    in_fours = longest // 4 * 4
+    in_fours = longest // 4 * 4  # pyright: ignore[reportOperatorIssue]
     for done in range(0, in_fours, 4):
         c0 = first + done
         c1, c2, c3 = c0 + 1, c0 + 2, c0 + 3
@@ -305,7 +305,7 @@ def fold_lists(
         total = _plus(total, g1, c1, last, factors_ptr, HAS_FACTORS)
         total = _plus(total, g2, c2, last, factors_ptr, HAS_FACTORS)
         total = _plus(total, g3, c3, last, factors_ptr, HAS_FACTORS)
-    for done in range(in_fours, longest):
+    for done in range(in_fours, longest):  # pyright: ignore[reportArgumentType]
         c = first + done
         grad = _load_grad(_source_at(sources_ptr, c, last), c, last, cols, dim, ALIGNED)
         total = _plus(total, grad, c, last, factors_ptr, HAS_FACTORS)

@@ -142,6 +142,7 @@ def _update_rows_kernel(
     second_state = _state(address, second_at, cols, STATE_ALIGNED)
     shared_state = (address + first_at).to(tl.pointer_type(tl.float32))
     mask = go[:, None] & (cols < dim)[None, :]
+    s, s2, h = w, w, first
     if RULE == "row_wise_adagrad":
         h = tl.load(shared_state, mask=go, other=1.0)
     elif RULE != "sgd":

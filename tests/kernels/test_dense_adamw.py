@@ -1,5 +1,7 @@
 """Adam for dense parameters against float64 and torch.optim: forms, dtypes, many tensors, equal bits of the versions."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def model(dtype=torch.float32, grad_dtype=torch.float32, seed=0):
     return drawn(dtype), drawn(grad_dtype), drawn(torch.float32), [v.square() for v in drawn(torch.float32)]
 
 
-def updated(rule, scalars, *, impl, scale=1.0, **kind):
+def updated(rule, scalars, *, impl, scale: Any = 1.0, **kind: Any):
     params, grads, means, squares = model(**kind)
     dense_adamw(params, grads, means, squares, rule, scalars, scale=scale, impl=impl)
     return [*params, *means, *squares]
@@ -44,7 +46,7 @@ def test_matches_float64(rule, impl):
 
 @pytest.mark.parametrize("impl", ["triton", "numba"])
 def test_bfloat16_parameters_match_float64(impl):
-    kind = {"dtype": torch.bfloat16, "grad_dtype": torch.bfloat16}
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "grad_dtype": torch.bfloat16}
     got = updated(ADAMW, scalars_of(LINE), impl=impl, **kind)
     want = updated(ADAMW, scalars_of(LINE), impl="reference", **kind)
     for ours, exact in zip(got, want, strict=True):
@@ -74,8 +76,8 @@ def test_dtypes_may_differ_between_tensors():
     for impl in ("triton", "numba"):
         params = [torch.ones(5), torch.ones(6, dtype=torch.bfloat16), torch.ones(7)]
         grads = [torch.full((5,), 0.5), torch.full((6,), 0.25), torch.full((7,), 2.0, dtype=torch.bfloat16)]
-        state = [[torch.zeros(size) for size in (5, 6, 7)] for _ in range(2)]
-        dense_adamw(params, grads, *state, ADAMW, scalars_of([0.1, 0.9, 0.999, 1e-8, 0.0, 1.0]), impl=impl)
+        means, squares = ([torch.zeros(size) for size in (5, 6, 7)] for _ in range(2))
+        dense_adamw(params, grads, means, squares, ADAMW, scalars_of([0.1, 0.9, 0.999, 1e-8, 0.0, 1.0]), impl=impl)
         for param in params:
             torch.testing.assert_close(param.float(), torch.full(param.shape, 0.9), rtol=2**-8, atol=0)
         results.append(params)
@@ -148,9 +150,9 @@ def test_threads_change_nothing():
     for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
         torch.manual_seed(1)
-        tensors = [torch.rand(200_000), torch.rand(200_000), torch.rand(200_000), torch.rand(200_000)]
-        dense_adamw(*([tensor] for tensor in tensors), ADAMW, scalars_of(LINE))
-        results.append(tensors[0])
+        w, g, m, v = (torch.rand(200_000) for _ in range(4))
+        dense_adamw([w], [g], [m], [v], ADAMW, scalars_of(LINE))
+        results.append(w)
     torch.set_num_threads(before)
     assert torch.equal(*results)
 
@@ -182,10 +184,10 @@ def test_op_is_known_to_torch(impl):
 
 
 def test_wrong_arguments_are_named():
-    good = {name: [torch.ones(2)] for name in ("params", "grads", "means", "squares")}
+    good: dict[str, Any] = {name: [torch.ones(2)] for name in ("params", "grads", "means", "squares")}
     line = scalars_of(LINE)
 
-    def call(rule=ADAMW, scalars=line, **change):
+    def call(rule=ADAMW, scalars=line, **change: Any):
         dense_adamw(**(good | change), rule=rule, scalars=scalars)
 
     with pytest.raises(ValueError, match="takes the rules"):

@@ -201,6 +201,7 @@ def test_pooling_is_differentiable_in_factors(impl):
     factors, upstream = torch.rand(7, requires_grad=True), torch.randn(2, 5)
     embedding_bag(blocks, rows, inverse, offsets, factors, impl=impl).backward(upstream)
     want = factor_grads(blocks, rows, inverse, offsets, upstream, impl=impl)
+    assert factors.grad is not None
     assert torch.equal(factors.grad, want)
 
 
@@ -230,6 +231,7 @@ def test_compiled_functions_give_equal_results(impl):
         factors = torch.linspace(0, 1, 7, requires_grad=True)
         out = function(factors)
         out.sum().backward()
+        assert factors.grad is not None
         results.append((out.detach(), factors.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

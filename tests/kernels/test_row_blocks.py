@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from recis_kernels.dispatch import Impl
 from recis_kernels.row_blocks import RowBlocks, RowLayout, layout_of_key
 
 LAYOUTS = [
@@ -69,7 +70,8 @@ def test_write_then_read_touches_nothing_else(layout, impl):
     assert all(not values.any() for values in blocks.read(others, impl=impl).values())
     blocks.write(rows[:1], {"count": torch.tensor([99], dtype=torch.int32)}, impl=impl)
     fields["count"][0] = 99
-    for reader in ("triton", "numba", "torch"):
+    readers: list[Impl] = ["triton", "numba", "torch"]
+    for reader in readers:
         assert_fields_equal(blocks.read(rows, impl=reader), fields)
     assert blocks.read(rows, ("id",), impl=impl)["id"].equal(fields["id"])
 
@@ -83,7 +85,8 @@ def test_versions_copy_every_bit(dim, dtype):
     word = torch.int32 if dtype == torch.float32 else torch.int16
     values = torch.randint(-(2**15), 2**15, (67, dim)).to(word).mul(65537 if dtype == torch.float32 else 1).view(dtype)
     rows = torch.randperm(70)[:67]
-    for writer, reader in (("triton", "numba"), ("numba", "triton")):
+    pairs: list[tuple[Impl, Impl]] = [("triton", "numba"), ("numba", "triton")]
+    for writer, reader in pairs:
         blocks.write(rows, {"weight": torch.zeros_like(values)})
         blocks.write(rows, {"weight": values}, impl=writer)
         assert blocks.read(rows, ("weight",), impl=reader)["weight"].view(word).equal(values.view(word))

@@ -556,9 +556,10 @@ def test_content_is_checked_on_request():
 
 
 def launches() -> None:
+    rows = torch.arange(4)
     for dim, dtype in ((64, torch.float32), (64, torch.bfloat16), (128, torch.float32), (1024, torch.float32)):
         for rule in SCALARS:
-            blocks, rows = store_of(rule, 4, dim, dtype), torch.arange(4)
+            blocks = store_of(rule, 4, dim, dtype)
             view = RowGrad(rows, torch.arange(5), 4, grad=torch.ones(4, dim))
             seen = PendingLookup(rows, rows.int(), rows.int(), [view])
             fused_update_flags(blocks, [seen], rule, scalars_of(rule), step=1, keys=KEYS, impl="triton")
