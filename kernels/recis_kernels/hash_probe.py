@@ -25,7 +25,8 @@ EMPTY = -(1 << 63)
 GROUP_SLOTS = 16
 SLOT_BYTES = 16
 # Columns of the segment table, int64 [num_segments, COLUMNS]: one cache line per segment.
-ADDRESS, SHIFT, SLOTS, LIVE, DEAD, SIDE, COLUMNS = 0, 1, 2, 3, 4, 5, 8
+# LOST counts ids that a kernel found no slot for; 0 while the load is what it must be.
+ADDRESS, SHIFT, SLOTS, LIVE, DEAD, SIDE, LOST, COLUMNS = 0, 1, 2, 3, 4, 5, 6, 8
 _GROUP_BYTES = GROUP_SLOTS * SLOT_BYTES
 _IN_GROUP = _GROUP_BYTES - 1
 _AHEAD = 24  # keys between the prefetch of a slot and its use

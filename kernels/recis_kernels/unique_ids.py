@@ -6,16 +6,18 @@ Order: by the top bits of the pair's hash, then by first position: a function of
 It is also nearly the order of a hash index's slots, so a find of the result walks memory forwards.
 Three passes, each split over threads: scatter the positions into partitions of about 2048 by hash (in the order of
 position), number the pairs of each partition with a small table that stays in cache, write what each position got.
-About 40 bytes move per id, all of it from cache at training sizes; no sort.
+About 40 bytes move per id, all of it from cache at training sizes; no sort. The GPU's way is in `unique_ids_triton`.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels import unique_ids_triton
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import hash64, hash64_one
 from recis_kernels.threads import run_parts, split
@@ -45,10 +47,27 @@ class Unique:
     counts: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PaddedUnique:
+    """Distinct pairs of a batch in arrays as long as the batch: their number U stays on the device.
+
+    Attributes:
+        ids: int64 [L], segments: int32 [L], counts: int32 [L]; as in `Unique`, then zeros from U on.
+        inverse: int32 [L], position -> pair.
+        num_unique: int64 [1], U.
+    """
+
+    ids: Tensor
+    segments: Tensor
+    inverse: Tensor
+    counts: Tensor
+    num_unique: Tensor
+
+
 def unique_ids(
     ids: Tensor, segments: Tensor | None = None, offsets: Tensor | None = None, *, impl: Impl = "auto"
 ) -> Unique:
-    """Return the distinct (segment, id) pairs of ids [L], see the head of this file.
+    """Return the distinct (segment, id) pairs of ids [L], see the head of this file. One host sync on a GPU, for U.
 
     Args:
         ids: int64 [L], every value legal; L below 2**31.
@@ -59,26 +78,100 @@ def unique_ids(
     Raises:
         ValueError: wrong shape or dtype, or L too large for int32 positions.
     """
-    if ids.ndim != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be int64 [L]; got {ids.dtype} {tuple(ids.shape)}")
-    if ids.numel() >= 1 << 31:
-        raise ValueError(f"one call takes fewer than 2**31 ids; got {ids.numel()}: cut the batch")
-    per_id = _segment_of_id(ids, segments, offsets)
-    return choose(impl, ids, numba=_numba, reference=_reference)(ids.contiguous(), per_id)
+    ids, per_id = _checked(ids, segments, offsets)
+    return Unique(*(_unique_op if torch.compiler.is_compiling() else _unique)(ids, per_id, impl))
 
 
-def order_by_segment_and_id(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    """Return the permutation int64 [U] that sorts distinct pairs by ascending (segment, signed id).
+def unique_ids_padded(
+    ids: Tensor, segments: Tensor | None = None, offsets: Tensor | None = None, *, impl: Impl = "auto"
+) -> PaddedUnique:
+    """Do unique_ids without waiting for the device: the same pairs in the same order, in arrays of L."""
+    ids, per_id = _checked(ids, segments, offsets)
+    return PaddedUnique(*(_padded_op if torch.compiler.is_compiling() else _padded)(ids, per_id, impl))
+
+
+def order_by_segment_and_id(ids: Tensor, segments: Tensor, num_segments: int, *, impl: Impl = "auto") -> Tensor:
+    """Return the permutation int64 [U] that sorts distinct pairs by ascending (segment, signed id); never waits.
 
     Args:
         ids: int64 [U].  segments: int32 [U], each in [0, num_segments).
     """
+    return (_order_op if torch.compiler.is_compiling() else _order)(ids, segments, num_segments, impl)
+
+
+def _numba_order(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
     by_id = argsort_ids(ids.numpy())  # unstable, and need not be: equal ids are of different segments
     if num_segments <= 1 or ids.numel() < 2:
         return torch.from_numpy(by_id)
     order = np.empty_like(by_id)
     _stable_by_segment(by_id, segments.numpy(), np.zeros(num_segments + 1, np.int64), order)
     return torch.from_numpy(order)
+
+
+def _torch_order(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    by_id = ids.argsort(stable=True)
+    return by_id if num_segments <= 1 else by_id[segments[by_id].argsort(stable=True)]
+
+
+def _reference_order(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    pairs = list(zip(segments.tolist(), ids.tolist(), strict=True))
+    return torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__), dtype=torch.int64)
+
+
+# ---- which version runs, and nodes of torch.compile
+
+
+def _unique(ids: Tensor, segments: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = choose(impl, ids, triton=_triton, numba=_numba, reference=_reference)(ids, segments)
+    return found.ids, found.segments, found.inverse, found.counts
+
+
+def _padded(ids: Tensor, segments: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if ids.numel() == 0:
+        found = _reference(ids, segments)
+        return found.ids, found.segments, found.inverse, found.counts, ids.new_zeros(1)
+    versions = {"numba": _numba_padded, "reference": _reference_padded, "triton": _triton_padded}
+    return choose(impl, ids, **versions)(ids, segments)
+
+
+def _order(ids: Tensor, segments: Tensor, num_segments: int, impl: Impl) -> Tensor:
+    versions = {"numba": _numba_order, "torch": _torch_order, "triton": _torch_order, "reference": _reference_order}
+    return choose(impl, ids, **versions)(ids, segments, num_segments)
+
+
+@torch.library.custom_op("recis::unique_ids", mutates_args=())
+def _unique_op(ids: Tensor, segments: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(part.clone() for part in _unique(ids, segments, impl))  # type: ignore[return-value, arg-type]
+
+
+@torch.library.custom_op("recis::unique_ids_padded", mutates_args=())
+def _padded_op(ids: Tensor, segments: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _padded(ids, segments, impl)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("recis::order_by_segment_and_id", mutates_args=())
+def _order_op(ids: Tensor, segments: Tensor, num_segments: int, impl: str) -> Tensor:
+    return _order(ids, segments, num_segments, impl)  # type: ignore[arg-type]
+
+
+def _fake_arrays(ids: Tensor, num_unique: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    numbers = [ids.new_empty(size, dtype=torch.int32) for size in (num_unique, ids.shape[0], num_unique)]
+    return ids.new_empty(num_unique), *numbers  # type: ignore[return-value]
+
+
+@_unique_op.register_fake
+def _(ids, segments, impl):
+    return _fake_arrays(ids, torch.library.get_ctx().new_dynamic_size())
+
+
+@_padded_op.register_fake
+def _(ids, segments, impl):
+    return *_fake_arrays(ids, ids.shape[0]), ids.new_empty(1)
+
+
+@_order_op.register_fake
+def _(ids, segments, num_segments, impl):
+    return torch.empty_like(ids)
 
 
 def argsort_ids(ids: np.ndarray) -> np.ndarray:
@@ -112,6 +205,15 @@ def _even_shares(starts: np.ndarray, cuts: list[tuple[int, int]]) -> list[tuple[
     """Return one run of partitions for each cut, with about the same number of positions: some are far longer."""
     bounds = [0, *np.searchsorted(starts, [stop for _, stop in cuts[:-1]]).tolist(), len(starts) - 1]
     return list(pairwise(bounds))
+
+
+def _checked(ids: Tensor, segments: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ids [L] and their segments int32 [L] or [1], contiguous."""
+    if ids.ndim != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 [L]; got {ids.dtype} {tuple(ids.shape)}")
+    if ids.numel() >= 1 << 31:
+        raise ValueError(f"one call takes fewer than 2**31 ids; got {ids.numel()}: cut the batch")
+    return ids.contiguous(), _segment_of_id(ids, segments, offsets)
 
 
 def _segment_of_id(ids: Tensor, segments: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -158,6 +260,35 @@ def _reference(ids: Tensor, segments: Tensor) -> Unique:
         inverse,
         torch.bincount(inverse, minlength=len(ordered)).to(torch.int32),
     )
+
+
+def _pad(found: Unique) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_ids, num_unique = found.inverse.numel(), found.ids.numel()
+    more = num_ids - num_unique
+    ids, segments, counts = (
+        torch.cat((part, part.new_zeros(more))) for part in (found.ids, found.segments, found.counts)
+    )
+    return ids, segments, found.inverse, counts, torch.tensor([num_unique])
+
+
+def _reference_padded(ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _pad(_reference(ids, segments))
+
+
+def _numba_padded(ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _pad(_numba(ids, segments))
+
+
+def _triton_padded(ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return unique_ids_triton.padded(ids, segments, _partition_bits(ids.numel()))
+
+
+def _triton(ids: Tensor, segments: Tensor) -> Unique:
+    if ids.numel() == 0:
+        return Unique(ids, segments.new_empty(0), segments.new_empty(0), segments.new_empty(0))
+    out_ids, out_segments, inverse, counts, num_unique = _triton_padded(ids, segments)
+    size = int(num_unique)
+    return Unique(out_ids[:size], out_segments[:size], inverse, counts[:size])
 
 
 def _numba(ids: Tensor, segments: Tensor) -> Unique:

@@ -3,15 +3,18 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from recis_kernels import hash_index as module
+from recis_kernels import hash_ops as module
 from recis_kernels import hash_probe as probe
+from recis_kernels.dispatch import Impl
 from recis_kernels.hash_index import HashIndex, erase, find, find_or_insert, insert
+from recis_kernels.hash_segments import SegmentTable
 from recis_kernels.philox import hash64
 from recis_kernels.row_blocks import RowBlocks, RowLayout
 
@@ -40,6 +43,15 @@ def new_index(num_segments: int = 1) -> HashIndex:
     return index
 
 
+def mirrored_index(num_segments: int = 1) -> HashIndex:
+    """Return an index whose host and kernels keep separate tables, as on a GPU."""
+    index = HashIndex()
+    index._segments = SegmentTable(index.device, mirrored=True)
+    for _ in range(num_segments):
+        index.add_segment()
+    return index
+
+
 def tensor(values) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
 
@@ -61,6 +73,7 @@ class IndexAgainstDict(RuleBasedStateMachine):
         max_size=70,
     )
     segment = st.integers(0, 2)
+    impl = st.sampled_from(["numba"] * 6 + ["reference"])
 
     @initialize()
     def start(self):
@@ -72,22 +85,22 @@ class IndexAgainstDict(RuleBasedStateMachine):
         self.next_row += count
         return torch.arange(self.next_row - count, self.next_row)
 
-    @rule(ids=ids, segment=segment)
-    def insert_into_one(self, ids, segment):
+    @rule(ids=ids, segment=segment, impl=impl)
+    def insert_into_one(self, ids, segment, impl):
         rows = self._rows(len(ids))
-        self.index.insert(tensor(ids), segment, rows)
+        insert(self.index, tensor(ids), segment, rows, impl=impl)
         self.want[segment].update(zip(ids, rows.tolist(), strict=True))
 
-    @rule(ids=ids, data=st.data())
-    def insert_into_many(self, ids, data):
+    @rule(ids=ids, data=st.data(), impl=impl)
+    def insert_into_many(self, ids, data, impl):
         segments = data.draw(st.lists(self.segment, min_size=len(ids), max_size=len(ids)))
         rows = self._rows(len(ids))
-        self.index.insert(tensor(ids), tensor(segments), rows)
+        insert(self.index, tensor(ids), tensor(segments), rows, impl=impl)
         for row_id, segment, row in zip(ids, segments, rows.tolist(), strict=True):
             self.want[segment][row_id] = row
 
-    @rule(ids=ids, segment=segment)
-    def find_or_insert_into_one(self, ids, segment):
+    @rule(ids=ids, segment=segment, impl=impl)
+    def find_or_insert_into_one(self, ids, segment, impl):
         def allocate(new_ids, new_segments):
             assert new_ids.tolist() == sorted(set(ids) - set(self.want[segment]))
             assert set(new_segments.tolist()) <= {segment}
@@ -95,12 +108,12 @@ class IndexAgainstDict(RuleBasedStateMachine):
             self.want[segment].update(zip(new_ids.tolist(), rows.tolist(), strict=True))
             return rows
 
-        got = find_or_insert(self.index, tensor(ids), segment, allocate)
+        got = find_or_insert(self.index, tensor(ids), segment, allocate, impl=impl)
         assert got.tolist() == [self.want[segment][row_id] for row_id in ids]
 
-    @rule(ids=ids, segment=segment)
-    def erase_from_one(self, ids, segment):
-        got = self.index.erase(tensor(ids), segment)
+    @rule(ids=ids, segment=segment, impl=impl)
+    def erase_from_one(self, ids, segment, impl):
+        got = erase(self.index, tensor(ids), segment, impl=impl)
         assert got.tolist() == [self.want[segment].pop(row_id, -1) for row_id in ids]
 
     @rule(share=st.integers(1, 3), segment=segment)
@@ -108,9 +121,11 @@ class IndexAgainstDict(RuleBasedStateMachine):
         ids = sorted(self.want[segment])[::share]
         assert self.index.erase(tensor(ids), segment).tolist() == [self.want[segment].pop(row_id) for row_id in ids]
 
-    @rule(ids=ids, segment=segment)
-    def find_in_one(self, ids, segment):
-        assert self.index.find(tensor(ids), segment).tolist() == [self.want[segment].get(i, -1) for i in ids]
+    @rule(ids=ids, segment=segment, impl=impl)
+    def find_in_one(self, ids, segment, impl):
+        assert find(self.index, tensor(ids), segment, impl=impl).tolist() == [
+            self.want[segment].get(i, -1) for i in ids
+        ]
 
     @rule(segment=segment)
     def clear(self, segment):
@@ -148,6 +163,77 @@ IndexAgainstDict.TestCase.settings = settings(
 )
 TestIndexAgainstDict = IndexAgainstDict.TestCase
 
+POOL = EXTREMES + COLLIDING + LAST_GROUP[:30] + SAME_LOW_BITS[:20] + list(range(-20, 20))
+KINDS = ["insert", "insert", "find_or_insert", "erase", "find", "maintain"]
+
+
+def run_against_dict(index: HashIndex, steps: list[tuple[str, Impl, int, int]], max_ids: int) -> None:
+    """Run (kind, impl, segment or 3 = a segment per id, seed) steps on the index and a dict and compare every answer."""
+    want: dict[tuple[int, int], int] = {}
+    next_row = 0
+    for kind, impl, segment, seed in steps:
+        rng = np.random.default_rng(seed)
+        ids = rng.choice(POOL, rng.integers(0, max_ids + 1)).tolist()
+        segments = rng.integers(0, 3, len(ids)) if segment == 3 else np.full(len(ids), segment)
+        pairs = list(zip(segments.tolist(), ids, strict=True))
+        where = torch.from_numpy(segments) if segment == 3 else segment
+        rows = torch.arange(next_row, next_row + len(ids))
+        next_row += len(ids)
+        if kind == "insert":
+            insert(index, tensor(ids), where, rows, impl=impl)
+            want.update(zip(pairs, rows.tolist(), strict=True))
+        elif kind == "find_or_insert":
+
+            def allocate(new_ids, new_segments, rows=rows):
+                new = list(zip(new_segments.tolist(), new_ids.tolist(), strict=True))
+                assert new == sorted(set(new) - want.keys())
+                want.update(zip(new, rows.tolist(), strict=False))
+                return rows[: len(new)]
+
+            got = find_or_insert(index, tensor(ids), where, allocate, impl=impl)
+            assert got.tolist() == [want[pair] for pair in pairs]
+        elif kind == "erase":
+            assert erase(index, tensor(ids), where, impl=impl).tolist() == [want.pop(pair, -1) for pair in pairs]
+        elif kind == "find":
+            assert find(index, tensor(ids), where, impl=impl).tolist() == [want.get(pair, -1) for pair in pairs]
+        else:
+            index.maintain(impl=impl)
+    for segment in range(3):
+        ids, rows = index.export(segment)
+        assert dict(zip(ids.tolist(), rows.tolist(), strict=True)) == {
+            i: r for (s, i), r in want.items() if s == segment
+        }
+        assert find(index, ids, segment).equal(rows)
+        assert index.size(segment) == len(ids)
+        slots = index._slots[segment]
+        is_used, has_row = slots[:, 0] != probe.EMPTY, slots[:, 1] >= 0
+        live, dead = index.table[segment, [probe.LIVE, probe.DEAD]].tolist()
+        assert (live, dead) == (int((is_used & has_row).sum()), int((is_used & ~has_row).sum()))
+    index.check()
+
+
+def steps_of(impls: list[str], most: int = 8) -> st.SearchStrategy:
+    step = st.tuples(st.sampled_from(KINDS), st.sampled_from(impls), st.integers(0, 3), st.integers(0, 2**20))
+    return st.lists(step, min_size=1, max_size=most)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(steps_of(["numba"] * 12 + ["reference"], most=10))
+def test_thousands_of_sequences_against_a_dict(steps):
+    run_against_dict(new_index(3), steps, max_ids=25)
+
+
+@settings(max_examples=20, deadline=None)
+@given(steps_of(["triton", "triton", "numba", "reference"]))
+def test_versions_take_turns_on_one_index(steps):
+    run_against_dict(new_index(3), steps, max_ids=90)
+
+
+@settings(max_examples=12, deadline=None)
+@given(steps_of(["triton", "numba"]))
+def test_a_table_mirrored_as_on_a_gpu(steps):
+    run_against_dict(mirrored_index(3), steps, max_ids=60)
+
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("ids", [COLLIDING, LAST_GROUP, SAME_LOW_BITS], ids=["home0", "last", "low"])
@@ -162,6 +248,125 @@ def test_threads_meet_in_full_groups(ids, num_threads, monkeypatch):
     assert index.find(everything, segments).equal(torch.arange(everything.numel()))
     assert index.find(everything, 1 - segments).eq(-1).all()
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("ids", [COLLIDING, LAST_GROUP, SAME_LOW_BITS], ids=["home0", "last", "low"])
+def test_kernels_fill_full_groups_as_the_loops_do(ids):
+    """Each version finds what the other inserted, and repeated ids in one call share a slot."""
+    everything = tensor(ids + EXTREMES + ids[:5] + EXTREMES)
+    rows = torch.arange(everything.numel())
+    turns: list[tuple[Impl, Impl]] = [("triton", "numba"), ("numba", "triton"), ("triton", "reference")]
+    for writer, reader in turns:
+        index, want = new_index(2), dict(zip(everything.tolist(), rows.tolist(), strict=True))
+        insert(index, everything, 1, rows, impl=writer)
+        assert find(index, everything, 1, impl=reader).tolist() == [want[row_id] for row_id in everything.tolist()]
+        assert find(index, everything, 0, impl=reader).eq(-1).all()
+        assert index.size(1) == len(want)
+        assert int(index.table[1, probe.DEAD]) == 0
+        gone = everything[::2]
+        freed = erase(index, gone, 1, impl=writer).tolist()
+        assert freed == [want.pop(row_id, -1) for row_id in gone.tolist()]
+        insert(index, gone[:3], 1, tensor([7, 8, 9]), impl=writer)
+        want.update(zip(gone[:3].tolist(), (7, 8, 9), strict=True))
+        assert find(index, everything, 1, impl=reader).tolist() == [
+            want.get(row_id, -1) for row_id in everything.tolist()
+        ]
+
+
+def test_kernels_through_growth_and_rebuilds():
+    index = new_index(2)
+    ids = torch.randint(-(2**63), 2**63 - 1, (900,)).unique()
+    segments, rows = torch.arange(ids.numel()) % 2, torch.arange(ids.numel())
+    for part in (slice(0, 7), slice(7, 300), slice(300, None)):
+        insert(index, ids[part], segments[part], rows[part], impl="triton")
+    assert index.find(ids, segments).equal(rows)
+    erase(index, ids[:500], segments[:500], impl="triton")
+    index.maintain(impl="triton")
+    assert int(index.table[:, probe.DEAD].sum()) == 0
+    assert find(index, ids, segments, impl="triton").equal(torch.where(rows < 500, -1, rows))
+    assert index.export(1, impl="triton")[0].equal(index.export(1)[0])
+    index.reserve(0, 2000, impl="triton")
+    assert index.find(ids, segments).equal(torch.where(rows < 500, -1, rows))
+
+
+def test_the_usual_step_of_a_mirrored_table_reads_no_counts(monkeypatch):
+    index, pulls = mirrored_index(3), []
+    pull = SegmentTable.pull
+    monkeypatch.setattr(SegmentTable, "pull", lambda table: (pulls.append(1), pull(table))[1])
+    for step in range(12):
+        ids = torch.arange(100) + 100 * (step // 4)  # three steps of four bring nothing new
+        insert(index, ids, torch.arange(100) % 3, ids, impl="triton" if step % 4 == 0 else "numba")
+        index.maintain()
+    assert len(pulls) <= 2  # the first insert, and perhaps one growth
+    assert index.sizes().tolist() == [102, 99, 99]
+    assert int(index._segments.bounds().sum()) == 300
+
+
+def test_a_bound_that_grows_without_readings_ends_in_an_exact_one(monkeypatch):
+    index = mirrored_index()
+    monkeypatch.setattr(SegmentTable, "start_reading", lambda table: None)  # as if none ever arrived
+    for _ in range(30):  # the same ids again and again: no more slots may be needed
+        index.insert(torch.arange(50), 0, torch.arange(50))
+    assert index.num_bytes() <= 16 * 1024
+    assert index.find(torch.arange(51)).tolist() == [*range(50), -1]
+
+
+def test_a_lost_id_is_reported():
+    """No insert may pass load 0.9; where one does, the kernel stops after every group and the caller can see it."""
+    index = new_index()
+    index.reserve(0, 10)
+    places = module.hash_index_triton.publish(index.kernel_table, tensor(range(17)), torch.zeros(1, dtype=torch.int32))
+    assert int((places == 0).sum()) == 1
+    with pytest.raises(RuntimeError, match=r"had no slot for 1 ids of segments \[0\]"):
+        index.check()
+
+
+def test_ops_are_nodes_of_torch_compile():
+    index = new_index(2)
+    ids, segments, rows = torch.arange(8), torch.arange(8).to(torch.int32) % 2, torch.arange(8) + 5
+    with pytest.raises(RuntimeError, match=r"segments \[0, 1\] have no room"):
+        module.insert_op(index.kernel_table, index._slots, ids, segments, rows, "numba")
+    index.make_room(segments, 8)
+    check = torch.library.opcheck
+    check(module.insert_op, (index.kernel_table, index._slots, ids, segments, rows, "numba"))
+    index.insert(ids, segments, rows)
+    check(module.find_op, (index.kernel_table, index._slots, ids, segments, "numba"))
+    check(module.erase_op, (index.kernel_table, index._slots, ids, segments, "numba"))
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_compiled_steps_change_the_index_itself(impl):
+    compiled_index, plain_index = new_index(2), new_index(2)
+
+    def step(index, ids, segments, rows):
+        before = find(index, ids, segments, impl=impl)
+        insert(index, ids, segments, rows, impl=impl)
+        freed = erase(index, ids[:3], segments[:3], impl=impl)
+        return before, freed, find(index, ids, segments, impl=impl)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ids, segments = tensor([3, -1, probe.EMPTY, 2**63 - 1, 9]), torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32)
+    for index in (compiled_index, plain_index):
+        index.make_room(segments, 5)
+    got = compiled(compiled_index, ids, segments, torch.arange(5))
+    want = step(plain_index, ids, segments, torch.arange(5))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.equal(theirs)
+    assert compiled_index.table[:, probe.LIVE :].equal(plain_index.table[:, probe.LIVE :])
+    for segment in range(2):
+        assert compiled_index.export(segment)[0].equal(plain_index.export(segment)[0])
+
+
+def launches() -> None:
+    """Launch every kernel once or more, for compile_kernels.py."""
+    index = new_index(2)
+    ids, segments = tensor(range(40)), torch.arange(40, dtype=torch.int32) % 2
+    insert(index, ids, segments, ids, impl="triton")
+    insert(index, ids, 0, ids, impl="triton")
+    find(index, ids, 0, impl="triton")
+    find(index, ids, segments, impl="triton")
+    erase(index, ids, segments, impl="triton")
+    index.reserve(0, 1000, impl="triton")
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -337,7 +542,7 @@ def test_copies_that_would_share_addresses_are_refused(clone):
         (lambda i: i.find(tensor([1]), 2), r"segment must lie in \[0, 2\); got 2"),
         (lambda i: i.find(tensor([1, 2]), tensor([0, 0, 0])), "segments must be a number or"),
         (lambda i: i.insert(tensor([1, 2]), 0, tensor([1])), "rows must be int64 \\(2,\\)"),
-        (lambda i: find(i, tensor([1]), impl="triton"), "impl='triton' is not available"),
+        (lambda i: find(i, tensor([1]), impl="torch"), "impl='torch' is not available"),
     ],
 )
 def test_wrong_input_is_named(call, message):

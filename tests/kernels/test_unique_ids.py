@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recis_kernels import unique_ids as module
-from recis_kernels.unique_ids import Unique, order_by_segment_and_id, unique_ids
+from recis_kernels.unique_ids import Unique, order_by_segment_and_id, unique_ids, unique_ids_padded
 
 EXTREMES = [-(2**63), -(2**63) + 1, -2, -1, 0, 1, 2**62, 2**63 - 1]
 FIELDS = ("ids", "segments", "inverse", "counts")
@@ -58,6 +58,79 @@ def test_any_ids(pairs, repeat):
     got = unique_ids(ids, segments)
     assert_same(got, unique_ids(ids, segments, impl="reference"))
     assert_sound(got, ids, segments)
+
+
+KERNEL_BATCHES = {
+    "one": (torch.tensor([7]), torch.tensor([2])),
+    "extremes": (torch.tensor(EXTREMES * 3), torch.arange(24) % 2),
+    "one id": (torch.full((300,), -1), torch.zeros(1, dtype=torch.int32)),
+    "distinct": (torch.arange(129) * 2654435761, torch.zeros(1, dtype=torch.int32)),
+    "in partitions": (
+        torch.randint(0, 900, (4500,), generator=torch.Generator().manual_seed(1)),
+        torch.arange(4500) % 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", KERNEL_BATCHES)
+def test_kernels_match_the_loops(batch):
+    ids, segments = KERNEL_BATCHES[batch]
+    assert_same(unique_ids(ids, segments, impl="triton"), unique_ids(ids, segments))
+    wide, want = unique_ids_padded(ids, segments, impl="triton"), unique_ids_padded(ids, segments)
+    for field in (*FIELDS, "num_unique"):
+        assert getattr(wide, field).dtype == getattr(want, field).dtype, field
+        assert getattr(wide, field).equal(getattr(want, field)), field
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([*EXTREMES, 7]), st.integers(0, 3)), max_size=70))
+def test_kernels_on_any_ids(pairs):
+    ids = torch.tensor([row_id for row_id, _ in pairs], dtype=torch.int64)
+    segments = torch.tensor([segment for _, segment in pairs], dtype=torch.int32)
+    assert_same(unique_ids(ids, segments, impl="triton"), unique_ids(ids, segments, impl="reference"))
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
+def test_padded_by_hand(impl):
+    got = unique_ids_padded(torch.tensor([5, 9, 5, 5]), impl=impl)
+    assert got.ids.tolist() == [5, 9, 0, 0]  # one partition, so by first position
+    assert got.inverse.tolist() == [0, 1, 0, 0]
+    assert got.counts.tolist() == [3, 1, 0, 0]
+    assert got.segments.tolist() == [0, 0, 0, 0]
+    assert got.num_unique.tolist() == [2]
+    none = unique_ids_padded(torch.tensor([], dtype=torch.int64), impl=impl)
+    assert none.ids.shape == none.inverse.shape == (0,)
+    assert none.num_unique.tolist() == [0]
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch", "reference"])
+def test_versions_of_the_order_agree(impl):
+    ids = torch.tensor([3, -1, 3, 2**63 - 1, -(2**63)])
+    segments = torch.tensor([1, 1, 0, 0, 1], dtype=torch.int32)
+    assert order_by_segment_and_id(ids, segments, 2, impl=impl).tolist() == [2, 3, 4, 1, 0]
+    assert order_by_segment_and_id(ids[1:3], segments[:2], 1, impl=impl).tolist() == [0, 1]
+
+
+def test_ops_are_nodes_of_torch_compile():
+    ids, segments = torch.tensor([5, 9, 5, -1]), torch.tensor([0, 1, 0, 0], dtype=torch.int32)
+    for op in (module._unique_op, module._padded_op):
+        torch.library.opcheck(op, (ids, segments, "numba"))
+    torch.library.opcheck(module._order_op, (ids, segments, 2, "numba"))
+
+    def run(ids, segments):
+        unique, padded = unique_ids(ids, segments), unique_ids_padded(ids, segments)
+        order = order_by_segment_and_id(padded.ids, padded.segments, 2)
+        return unique.ids, unique.segments, unique.inverse, unique.counts, padded.ids[order], padded.num_unique
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(ids, segments), run(ids, segments), strict=True):
+        assert got.equal(want)
+
+
+def launches() -> None:
+    """Launch every kernel once or more, for compile_kernels.py."""
+    for segments in (torch.zeros(1, dtype=torch.int32), torch.arange(40, dtype=torch.int32)):
+        unique_ids_padded(torch.arange(40), segments, impl="triton")
 
 
 def test_many_distinct_ids_on_two_threads():
