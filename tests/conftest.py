@@ -18,6 +18,12 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_measured_choices(tmp_path_factory):
+    """Choices of the kernels and limits that were measured on this machine lie in the user's cache: tests use neither."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Return the folder of the public data, or skip: the run's summary counts and names what was skipped."""

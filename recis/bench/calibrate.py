@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recis.bench import op_cases
+from recis.bench import op_cases, value_cases
 from recis.bench.harness import alternate, time_once
 from recis.bench.op_cases import Point
 from recis_kernels import calibration
@@ -64,7 +64,7 @@ def _on_gpu(device: torch.device) -> dict[str, Any]:
             ("sort",),
             lambda: op_cases.update(replace(step, distribution="zipf"), device, "triton"),
         ),
-        ("block_items", (512, 2048), lambda: op_cases.features(step, device, "triton", op="id_mod")),
+        ("block_items", (512, 2048), lambda: value_cases.features(step, device, "triton", op="id_mod")),
     )
     found = {}
     for name, candidates, build in jobs:

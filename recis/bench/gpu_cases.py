@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis.bench import model_cases, op_cases, peers
+from recis.bench import model_cases, op_cases, peers, value_cases
 from recis.bench.harness import copy_gb_per_s, device_name
 from recis.bench.inputs import draw_rows, filled_blocks, filled_index
 from recis.bench.op_cases import Point, Work
@@ -182,21 +182,23 @@ def _other_cases() -> list[GpuCase]:
     cases = [
         GpuCase(
             name=f"features-{op}",
-            build=partial(op_cases.features, op=op, num_columns=100),
+            build=partial(value_cases.features, op=op, num_columns=100),
             full=wide,
             small=_SMALL | {"num_bags": 40},
             least_share=0.6,
         )
-        for op in op_cases.FEATURE_OPS
+        for op in value_cases.FEATURE_OPS
     ]
     cases += [
         GpuCase(name=name, build=build, full=point, small=_SMALL | {"dim": 6}, least_share=share)
         for name, build, point, share in (
+            ("step-row-wise-adagrad-D64", op_cases.static_step, replace(_STEP, dim=64), None),
+            ("step-row-wise-adagrad-D64-zipf", op_cases.static_step, replace(_STEP, dim=64, distribution="zipf"), None),
             ("gather-D64", op_cases.gather, replace(_STEP, dim=64), None),
             ("gather-D128", op_cases.gather, replace(_STEP, dim=128), None),
             ("unique_ids", op_cases.unique, _STEP, None),
-            ("segment_sum", op_cases.sum_bags, replace(_STEP, varied=True, bag_length=50, num_inputs=4), None),
-            ("jagged_to_padded", op_cases.padded, replace(_STEP, varied=True, bag_length=50, num_inputs=4), None),
+            ("segment_sum", value_cases.sum_bags, replace(_STEP, varied=True, bag_length=50, num_inputs=4), None),
+            ("jagged_to_padded", value_cases.padded, replace(_STEP, varied=True, bag_length=50, num_inputs=4), None),
         )
     ]
     cases += [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recis.bench import model_cases, op_cases, peers
+from recis.bench import model_cases, op_cases, peers, value_cases
 from recis.bench.harness import alternate
 from recis.bench.op_cases import Point, Work
 from recis_kernels.dispatch import Impl
@@ -52,10 +52,13 @@ def points(op: str, kind: str, *, scale: float = 1.0) -> Iterator[tuple[Build, P
         build = op_cases.gather if op == "gather" else op_cases.pooled
         for dim, dtype, distribution in itertools.product(DIMS, (fp32, bf16), both):
             point = sized(dim, dtype=dtype, distribution=distribution)
-            # the vectors of all positions: more than 32 MiB of output would time the system's fresh pages, not the gather
+            # an output above 32 MiB is given fresh pages by the system at every call: they would be most of the time
             yield build, replace(point, num_bags=max(4, point.num_bags // 4)) if op == "gather" else point
         if op == "pooled":
             yield from ((build, sized(bag_length=length)) for length in (1, 5, 50))
+    elif op == "step":
+        dims = itertools.product(DIMS, both)
+        yield from ((op_cases.static_step, sized(dim, distribution=distribution)) for dim, distribution in dims)
     elif op.startswith("update "):
         build = partial(op_cases.update, rule=op.removeprefix("update "))
         yield from (
@@ -63,16 +66,17 @@ def points(op: str, kind: str, *, scale: float = 1.0) -> Iterator[tuple[Build, P
         )
         yield build, sized(dtype=bf16)
     elif op in ("segment_sum", "padded"):
-        build = op_cases.sum_bags if op == "segment_sum" else op_cases.padded
+        build = value_cases.sum_bags if op == "segment_sum" else value_cases.padded
         for dim, length in itertools.product((16, 64), (5, 50)):
-            yield build, sized(dim, bag_length=length, varied=True, num_inputs=4)
-    elif op in op_cases.FEATURE_OPS:
-        yield partial(op_cases.features, op=op), replace(sized(num_inputs=4), bag_length=50)
+            point = sized(dim, bag_length=length, varied=True, num_inputs=4)
+            yield build, replace(point, num_bags=max(4, point.num_bags // (4 if length == 50 else 1)))
+    elif op in value_cases.FEATURE_OPS:
+        yield partial(value_cases.features, op=op), replace(sized(num_inputs=4), bag_length=50)
     elif op == "attention":
         shape = replace(sized(num_inputs=2), num_bags=max(2, int(64 * scale)), bag_length=max(8, int(200 * scale)))
         yield from ((partial(model_cases.attention, kind=kind_), shape) for kind_ in ("jagged", "hstu"))
     else:
-        tokens = Point(dim=max(8, int(256 * scale)), num_bags=max(8, int(2048 * scale)), num_rows=32_768, num_inputs=2)
+        tokens = Point(dim=max(8, int(256 * scale)), num_bags=max(8, int(512 * scale)), num_rows=32_768, num_inputs=2)
         yield model_cases.cross_entropy, tokens
 
 
@@ -83,9 +87,10 @@ OPS = (
     "gather",
     "pooled",
     *(f"update {rule}" for rule in op_cases.RULES),
+    "step",
     "segment_sum",
     "padded",
-    *op_cases.FEATURE_OPS,
+    *value_cases.FEATURE_OPS,
     "attention",
     "linear_cross_entropy",
 )
@@ -124,6 +129,7 @@ def measure(build: Build, point: Point, device: torch.device, copy_gb_per_s: flo
     ours = results.pop("recis")
     return {
         "case": work.case,
+        "label": point.label if work.case.endswith(point.words) else work.case.removeprefix(work.op).lstrip(" ,:"),
         "dim": point.dim,
         "dtype": str(point.dtype).removeprefix("torch."),
         "distribution": point.distribution,
@@ -181,4 +187,9 @@ def line_of(record: Mapping[str, Any]) -> str:
         else f"; {name}: {peer['error']}"
         for name, peer in record["peers"].items()
     )
-    return f"{record['case']}: {record['p50_ms']:.3f} ms, {record['items_per_s'] / 1e6:.1f} M/s{share}{others}"
+    return f"{record['case']}: {record['p50_ms']:.3f} ms, {rate(record['items_per_s'])}{share}{others}"
+
+
+def rate(items_per_s: float) -> str:
+    """Return items per second in millions or thousands."""
+    return f"{items_per_s / 1e6:,.1f} M/s" if items_per_s >= 1e6 else f"{items_per_s / 1e3:,.1f} k/s"

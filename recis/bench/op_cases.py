@@ -25,16 +25,11 @@ from recis.bench.inputs import (
     varied_offsets,
     weights,
 )
-from recis_kernels.bucketize import Boundaries, bucketize
 from recis_kernels.dispatch import Impl
 from recis_kernels.embedding_bag import embedding_bag, row_gather
 from recis_kernels.hash_index import HashIndex, find, find_or_insert
-from recis_kernels.id_hash import HashKind, hash_ids
-from recis_kernels.id_mod import id_mod
-from recis_kernels.jagged import jagged_to_padded
 from recis_kernels.row_blocks import RowLayout
 from recis_kernels.row_rules import ADAM, ROW_WISE_ADAGRAD, SGD, UpdateRule, reference_update
-from recis_kernels.segment import segment_sum
 from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update, fused_update_flags
 from recis_kernels.unique_ids import unique_ids
 
@@ -66,9 +61,16 @@ class Point:
 
     @property
     def words(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        """All of it but the index's load, for tables."""
+        head, bags = self.label.rsplit(", ", 1)
+        return f"{head}, {self.num_bags} {bags}, {self.num_rows:,} rows"
+
+    @property
+    def label(self) -> str:
+        """What differs inside a grid, for charts."""
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.dtype, str(self.dtype))
         bags = f"1-{self.bag_length}" if self.varied else str(self.bag_length)
-        return f"D={self.dim} {dtype}, {self.distribution}, {self.num_bags} bags of {bags}, {self.num_rows:,} rows"
+        return f"D={self.dim} {dtype}, {self.distribution}, bags of {bags}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +280,47 @@ def update(
     )
 
 
+def static_step(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
+    """One step of a table whose row numbers are given: de-duplicate, pool, backward, row-wise Adagrad.
+
+    Least bytes: those of the pooled forward, and weight and state of each distinct row in and out.
+    """
+    equation, numbers, states = RULES["row-wise adagrad"]
+    blocks = filled_blocks(_layout(point, states), point.num_rows, device)
+    scalars = torch.tensor([numbers], dtype=torch.float64)
+    offsets, num_ids = offsets_of(point, device)
+    upstream = weights(point.num_bags, point.dim, device)
+    batches = inputs_of(point, device)
+    apply = fused_update if device.type == "cpu" else fused_update_flags
+
+    def run(n: int) -> Tensor:
+        found = unique_ids(batches[n % len(batches)], impl=impl)
+        out = embedding_bag(blocks, found.ids, found.inverse, offsets, impl=impl)
+        view = RowGrad(found.inverse, offsets, point.num_bags, grad=upstream)
+        lookup = PendingLookup(found.ids, found.segments, found.counts, [view])
+        apply(blocks, [lookup], equation, scalars, step=n + 1, impl=impl)
+        return out
+
+    def check() -> None:
+        table = weights(point.num_rows, point.dim, device)
+        want = torch.nn.functional.embedding_bag(batches[0], table, offsets, mode="sum", include_last_offset=True)
+        torch.testing.assert_close(run(0), want, rtol=1e-4, atol=1e-5)
+        row = batches[0][:1]
+        assert not blocks.read(row, ("weight",))["weight"].equal(table[row])
+
+    num_distinct = sum(batch.unique().numel() for batch in batches) // len(batches)
+    forward = num_ids * (8 + 4 * point.dim) + point.num_bags * 4 * point.dim
+    return Work(
+        op="step",
+        case=f"step row-wise adagrad, {point.words}",
+        run=run,
+        check=check,
+        num_inputs=point.num_inputs,
+        bytes_moved=forward + num_distinct * (8 * point.dim + 8) + point.num_bags * 4 * point.dim,
+        items=num_ids,
+    )
+
+
 def unique(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
     """Distinct ids of a batch: an id in, a number out for each position; the distinct ids and their counts out."""
     batches = [batch * 7919 for batch in inputs_of(point, device)]
@@ -297,90 +340,4 @@ def unique(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
         bytes_moved=num_ids * 12 + num_distinct * 12,
         items=num_ids,
         peers={"torch.unique": lambda n: torch.unique(batches[n % len(batches)], return_inverse=True)},
-    )
-
-
-def sum_bags(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
-    """Sum the rows of each bag of a jagged tensor: every value in, every sum out."""
-    offsets, num_values = offsets_of(point, device)
-    parts = [weights(num_values, point.dim, device).to(point.dtype) * (n + 1) for n in range(point.num_inputs)]
-
-    def check() -> None:
-        got, want = (segment_sum(parts[0], offsets, impl=way).float() for way in (impl, "torch"))
-        torch.testing.assert_close(got, want, rtol=TOLERANCE[point.dtype], atol=TOLERANCE[point.dtype])
-
-    return Work(
-        op="segment_sum",
-        case=f"segment_sum {point.words}",
-        run=lambda n: segment_sum(parts[n % len(parts)], offsets, impl=impl),
-        check=check,
-        num_inputs=point.num_inputs,
-        bytes_moved=(num_values + point.num_bags) * point.dim * point.dtype.itemsize,
-        items=num_values,
-        peers={"torch.segment_reduce": lambda n: torch.segment_reduce(parts[n % len(parts)], "sum", offsets=offsets)},
-    )
-
-
-def padded(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
-    """Jagged to padded rows: every value in and out, and the padding out."""
-    offsets, num_values = offsets_of(point, device)
-    longest = int(offsets.diff().max())
-    parts = [weights(num_values, point.dim, device).to(point.dtype) * (n + 1) for n in range(point.num_inputs)]
-
-    def check() -> None:
-        got, want = (jagged_to_padded(parts[0], offsets, longest, impl=way) for way in (impl, "torch"))
-        assert got.equal(want)
-
-    return Work(
-        op="padded",
-        case=f"jagged_to_padded {point.words}",
-        run=lambda n: jagged_to_padded(parts[n % len(parts)], offsets, longest, impl=impl),
-        check=check,
-        num_inputs=point.num_inputs,
-        bytes_moved=(num_values + point.num_bags * longest) * point.dim * point.dtype.itemsize,
-        items=num_values,
-    )
-
-
-FEATURE_OPS = ("bucketize", "id_mod", "hash_ids")
-
-
-def features(
-    point: Point, device: torch.device, impl: Impl = "auto", *, op: str = "hash_ids", num_columns: int = 100
-) -> Work:
-    """One feature op over many columns in one call: 8 B in (bucketize 4), 8 B out per value."""
-    num_values = point.num_bags * point.bag_length
-    column_offsets = [num_values * c // num_columns for c in range(num_columns + 1)]
-    generator = torch.Generator(device).manual_seed(5)
-    farm: list[HashKind] = ["farm"] * num_columns
-    runs: dict[str, Callable[[Tensor], Tensor]] = {
-        "bucketize": lambda x: bucketize(x, column_offsets, [grid] * num_columns, impl=impl),
-        "id_mod": lambda x: id_mod(x, column_offsets, [1000 + c for c in range(num_columns)], impl=impl),
-        "hash_ids": lambda x: hash_ids(x, column_offsets, farm, [10_007] * num_columns, impl=impl),
-    }
-    grid = Boundaries([k / 100 for k in range(-100, 100, 2)])
-    if op == "bucketize":
-        values = [torch.randn(num_values, generator=generator, device=device) for _ in range(point.num_inputs)]
-    else:
-        values = [random_ids(num_values, generator) for _ in range(point.num_inputs)]
-
-    def check() -> None:
-        few = values[0][: column_offsets[1]][:CHECKED].cpu()
-        got = runs[op](values[0])[: few.numel()].cpu()
-        one = [0, few.numel()]
-        want = {
-            "bucketize": lambda: bucketize(few, one, [grid], impl="reference"),
-            "id_mod": lambda: id_mod(few, one, [1000], impl="reference"),
-            "hash_ids": lambda: hash_ids(few, one, farm[:1], [10_007], impl="reference"),
-        }[op]()
-        assert got.equal(want)
-
-    return Work(
-        op=op,
-        case=f"{op}, {num_columns} columns, {num_values:,} values",
-        run=lambda n: runs[op](values[n % len(values)]),
-        check=check,
-        num_inputs=point.num_inputs,
-        bytes_moved=num_values * (values[0].element_size() + 8),
-        items=num_values,
     )

@@ -33,10 +33,10 @@ def missing() -> list[str]:
 
 
 def of_op(op: str, point: Point, device: torch.device) -> Mapping[str, Run]:
-    """Return the installed peers of an op ("pooled", "update row-wise adagrad", "padded", ...) at a point of its grid."""
+    """Return the installed peers of an op ("pooled", "step", "padded", ...) at a point of its grid."""
     builders = {
         "pooled": _table_forward,
-        "update row-wise adagrad": _table_step,
+        "step": _table_step,
         "padded": _jagged_to_dense,
     }
     return builders[op](point, device) if op in builders and _installed("fbgemm_gpu") is None else {}
@@ -78,7 +78,7 @@ def _table_forward(point: Point, device: torch.device) -> Mapping[str, Run]:
 
 
 def _table_step(point: Point, device: torch.device) -> Mapping[str, Run]:
-    """Forward, backward and update: FBGEMM has no way to run the update alone, so this peer does more than our job."""
+    """Forward, backward and update in one: FBGEMM has no way to run the update alone."""
     if point.dtype != torch.float32 or point.dim % 4:
         return {}
     table, batches, (offsets, _) = _table(point, device), inputs_of(point, device), offsets_of(point, device)
@@ -87,7 +87,7 @@ def _table_step(point: Point, device: torch.device) -> Mapping[str, Run]:
     def step(n: int) -> object:
         return table(batches[n % len(batches)], offsets).backward(upstream)
 
-    return {"fbgemm TBE forward + backward": step}
+    return {"fbgemm TBE": step}
 
 
 def _jagged_to_dense(point: Point, device: torch.device) -> Mapping[str, Run]:

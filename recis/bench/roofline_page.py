@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recis.bench.grid import line_of
+from recis.bench.grid import line_of, rate
 
 _WIDTH, _LEFT, _RIGHT, _BAR, _GAP, _HEAD = 960, 330, 150, 13, 9, 22
 _STYLE = """
@@ -131,10 +131,10 @@ def _op_section(op: str, records: Sequence[Mapping[str, Any]]) -> str:
         for css, name, result in everyone:
             if "p50_ms" not in result:
                 continue
-            value = result["share"] if by_share else result["items_per_s"] / 1e6
-            text = f"{value:.0%}" if by_share else f"{value:,.2f} M/s"
+            value = result["share"] if by_share else result["items_per_s"] / 1e3
+            text = f"{value:.0%}" if by_share else rate(result["items_per_s"])
             bars.append((css, name, value, f"{text}  {result['p50_ms']:.3g} ms"))
-        groups.append((_short(op, record["case"]), bars))
+        groups.append((_short(record["label"]), bars))
     errors = "".join(
         f'<p class="soft">{html.escape(record["case"])}: {html.escape(record["error"])}</p>'
         for record in records
@@ -144,16 +144,14 @@ def _op_section(op: str, records: Sequence[Mapping[str, Any]]) -> str:
         f'<span><i class="{css}"></i>{html.escape(name)}</span>' for name, css in {"recis": "ours", **style}.items()
     )
     unit = (
-        "share of copy bandwidth" if by_share else "millions of items per second (bound by arithmetic: no limit line)"
+        "share of copy bandwidth" if by_share else "thousands of items per second (bound by arithmetic: no limit line)"
     )
     chart = _chart(op, groups, limit=1.0 if by_share else None) if groups else ""
     return f'<h2>{html.escape(op)}</h2><p class="soft">{unit}</p><div class="legend">{legend}</div>{chart}{errors}'
 
 
-def _short(op: str, case: str) -> str:
-    """Return a case without the op's name, which stands above the chart."""
-    rest = case.removeprefix(op).lstrip(" ,:")
-    return rest if len(rest) <= 52 else rest[:50] + "…"
+def _short(label: str) -> str:
+    return label if len(label) <= 48 else label[:46] + "…"
 
 
 def _chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, limit: float | None) -> str:
@@ -197,7 +195,7 @@ def _ticks(high: float) -> list[float]:
 
 
 def _table_section(records: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("case", "ms", "p20-p80", "M items/s", "GB/s", "of copy", "peers"))
+    head = "".join(f"<th>{name}</th>" for name in ("case", "ms", "p20-p80", "items/s", "GB/s", "of copy", "peers"))
     rows = []
     for record in records:
         if "error" in record:
@@ -212,7 +210,7 @@ def _table_section(records: Sequence[Mapping[str, Any]]) -> str:
         cells = (
             f"{record['p50_ms']:.3f}",
             f"{record['p20_ms']:.3f}-{record['p80_ms']:.3f}",
-            f"{record['items_per_s'] / 1e6:,.1f}",
+            rate(record["items_per_s"]).removesuffix("/s"),
             "-" if record["gb_per_s"] is None else f"{record['gb_per_s']:.1f}",
             "-" if record["share"] is None else f"{record['share']:.0%}",
             html.escape(peers) or "-",
@@ -232,7 +230,7 @@ def _notes(result: Mapping[str, Any]) -> str:
         "ids repeat, rows come from cache, and the share can pass 100 %.</li>"
         "<li>Every result was compared with a plain computation before it was timed; all of a chart's group took turns in "
         "one process.</li>"
-        "<li>The peer of an update, FBGEMM's table, cannot update alone: its bar holds forward, backward and update.</li>"
+        "<li>A step is de-duplication, pooled forward, backward and update; FBGEMM's table runs them as one.</li>"
         f"{missing}<li>Made with <code>recis roofline --full</code>; run it on your machine and compare shares, not "
         "milliseconds.</li></ul>"
     )
@@ -267,7 +265,8 @@ def write_picture(result: Mapping[str, Any], path: Path) -> str | None:
     axes.set_yticks(places, [record["case"] for record in timed], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("share of copy bandwidth")
-    axes.set_title(f"{result['limits']['device']}, {result['limits']['measured_at'][:10]}")
+    axes.margins(y=0.01)
+    axes.set_title(f"Share of the copy bandwidth: {result['limits']['device']}, {result['limits']['measured_at'][:10]}")
     axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -90,7 +90,7 @@ def test_missing_peers_are_named(no_peers):
 
 
 @pytest.mark.torchrec
-@pytest.mark.parametrize("name", ["pooled-D64-fp32-uniform", "update-row-wise-adagrad-D64", "jagged_to_padded"])
+@pytest.mark.parametrize("name", ["pooled-D64-fp32-uniform", "step-row-wise-adagrad-D64", "jagged_to_padded"])
 def test_installed_peers_run(name):
     case = replace(CASES[name], small={**CASES[name].small, "dim": 8})
     result = measure(case, CPU, small=True, impl="auto")

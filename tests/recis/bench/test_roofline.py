@@ -166,11 +166,19 @@ def result(limits):
         {
             "op": "pooled",
             "case": "pooled D=64 <b>",
+            "label": "D=64 <b>",
             **timed,
             "peers": {"torch": {**timed, "p50_ms": 4.0, "share": 0.25}},
         },
-        {"op": "pooled", "case": "pooled D=128", **timed, "share": 1.25, "peers": {"other": {"error": "no"}}},
-        {"op": "attention", "case": "jagged", **timed, "share": None, "gb_per_s": None, "peers": {}},
+        {
+            "op": "pooled",
+            "case": "pooled D=128",
+            "label": "D=128",
+            **timed,
+            "share": 1.25,
+            "peers": {"other": {"error": "no"}},
+        },
+        {"op": "attention", "case": "jagged", "label": "jagged", **timed, "share": None, "gb_per_s": None, "peers": {}},
         {"op": "attention", "case": "hstu", "error": "ImportError: not there"},
     ]
     return {"limits": limits, "records": records, "missing": ["torchrec"], "load_average_at_end": 1.5}
