@@ -32,9 +32,9 @@ def join(columns: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
 
 def column_of_value(column_offsets: Sequence[int], parameters: Sequence[int], device: torch.device) -> Tensor:
     """Return parameters[c] for each value of column c, int64 [L]."""
-    lengths = torch.tensor([stop - start for start, stop in pairwise(column_offsets)], device=device)
-    table = torch.tensor(list(parameters), dtype=torch.int64, device=device)
-    return table.repeat_interleave(lengths, output_size=column_offsets[-1])
+    lengths = [stop - start for start, stop in pairwise(column_offsets)]
+    table = to_device(torch.tensor([list(parameters), lengths], dtype=torch.int64), device)
+    return table[0].repeat_interleave(table[1], output_size=column_offsets[-1])
 
 
 def run_columns(

@@ -2,7 +2,10 @@
 
     row 5 3 5 8 3:   keep = "first" -> positions 0 1 3 (5 3 8);   keep = "last" -> positions 2 3 4 (5 8 3)
 
-Cost: in rows of up to 32 ids each is compared with those found before; longer rows use a small hash table.
+Cost on a CPU: in rows of up to 32 ids each is compared with those found before; longer rows use a small hash table.
+On a GPU all rows share one table of (row, id), at most half full and probed from hash64: a slot takes the first position
+that comes by atomic_cas, then the first (or last) of its row by atomic_min, so the outcome does not depend on the order
+in which lanes arrive. About four random accesses of 8 bytes per id, whatever the lengths of the rows.
 """
 
 from collections.abc import Sequence
@@ -13,20 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.columns import check_columns, column_of_value
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.byte_hash_triton import hash64, largest
+from recis_kernels.columns import check_columns, column_of_value, to_device
+from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form, lengths_to_offsets
+from recis_kernels.jagged_triton import bag_of_place
 from recis_kernels.philox import hash64_one
+from recis_kernels.ragged_truncate import keep_where
 from recis_kernels.threads import run_parts, split
 
 Keep = Literal["first", "last"]
 _COMPARE_UP_TO = 32
+_PER_PROGRAM = 256
+_FREE = 2**63 - 1
 
 
 def ragged_distinct(
     ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[Keep], *, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Return positions [M] of the ids that stay, ascending, and their offsets [R + 1]; both int64.
+
+    One host sync on a GPU: M.
 
     Args:
         ids: int64 [L] of all columns.
@@ -44,7 +54,25 @@ def ragged_distinct(
     for keep in keeps:
         if keep not in ("first", "last"):
             raise ValueError(f'keep must be "first" or "last"; got {keep!r}')
-    return choose(impl, ids, numba=_numba, reference=_reference)(ids, offsets, row_offsets, keeps)
+    lasts = [int(keep == "last") for keep in keeps]
+    return (_op if torch.compiler.is_compiling() else _run)(ids, offsets, row_offsets, lasts, impl)
+
+
+def _run(
+    ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], lasts: Sequence[int], impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return ragged_distinct's tensors; lasts[c] is 1 where the last of equal ids stays."""
+    version = choose(impl, ids, triton=_triton, numba=_numba, reference=_reference)  # type: ignore[arg-type]
+    return version(ids, offsets, row_offsets, lasts)
+
+
+_op = torch.library.custom_op("recis::ragged_distinct", _run, mutates_args=())
+
+
+@_op.register_fake
+def _(ids, offsets, row_offsets, lasts, impl):
+    num_kept = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(num_kept), offsets.new_empty(offsets.shape, dtype=torch.int64)
 
 
 def first_occurrences(ids: Tensor, offsets: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -57,15 +85,13 @@ def first_occurrences(ids: Tensor, offsets: Tensor) -> tuple[np.ndarray, np.ndar
     return positions, counts
 
 
-def _reference(
-    ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[Keep]
-) -> tuple[Tensor, Tensor]:
+def _reference(ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], lasts: Sequence[int]) -> tuple[Tensor, Tensor]:
     numbers, ends = ids.tolist(), offsets.tolist()
     positions, lengths = [], []
-    for (first_row, last_row), keep in zip(pairwise(row_offsets), keeps, strict=True):
+    for (first_row, last_row), last in zip(pairwise(row_offsets), lasts, strict=True):
         for row in range(first_row, last_row):
             span = range(ends[row], ends[row + 1])
-            ordered = span if keep == "first" else reversed(span)
+            ordered = reversed(span) if last else span
             chosen = {}
             for position in ordered:
                 chosen.setdefault(numbers[position], position)
@@ -75,11 +101,11 @@ def _reference(
     return kept, lengths_to_offsets(torch.tensor(lengths, dtype=torch.int64, device=ids.device))
 
 
-def _numba(ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], keeps: Sequence[Keep]) -> tuple[Tensor, Tensor]:
+def _numba(ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], lasts: Sequence[int]) -> tuple[Tensor, Tensor]:
     num_rows = offsets.numel() - 1
     places = np.empty(ids.shape[0], dtype=np.int64)
     counts = np.zeros(num_rows, dtype=np.int64)
-    from_end = column_of_value(row_offsets, [int(keep == "last") for keep in keeps], ids.device).numpy()
+    from_end = column_of_value(row_offsets, lasts, ids.device).numpy()
     ends, parts = offsets.numpy(), split(num_rows, min_items=512)
     source = ids.contiguous().numpy()
     run_parts(lambda start, stop: _find(source, ends, from_end, places, counts, start, stop), parts)
@@ -88,6 +114,87 @@ def _numba(ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], keeps: Sequ
     target, new_ends = positions.numpy(), new_offsets.numpy()
     run_parts(lambda start, stop: _pack(places, ends, from_end, counts, target, new_ends, start, stop), parts)
     return positions, new_offsets
+
+
+def _triton(ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], lasts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return keep_where(distinct_mask(ids, offsets, row_offsets, lasts), offsets)
+
+
+def distinct_mask(ids: Tensor, offsets: Tensor, row_offsets: Sequence[int], lasts: Sequence[int]) -> Tensor:
+    """Return by Triton which ids stay, bool [L]; two launches and no host sync. lasts[c]: 1 where the last stays."""
+    num_values, device = ids.shape[0], ids.device
+    kept = torch.ones(num_values, dtype=torch.bool, device=device)  # where kernels are compiled, not run, all stay
+    if num_values == 0:
+        return kept
+    num_slots = 1 << (2 * num_values - 1).bit_length()
+    slots = torch.full((num_slots + 1,), _FREE, dtype=torch.int64, device=device)  # the last is where idle lanes aim
+    slot_of = torch.empty(num_values, dtype=torch.int64, device=device)
+    rules = to_device(torch.tensor([list(row_offsets), [*lasts, 0]], dtype=torch.int64), device)
+    grid = (-(-num_values // _PER_PROGRAM),)
+    tables = ids.contiguous(), offsets.contiguous(), rules, slots, slot_of
+    sizes = offsets.numel() - 1, len(lasts), num_values, num_slots
+    launch(_ragged_distinct_insert_kernel, grid, *tables, *sizes, BLOCK=_PER_PROGRAM, num_warps=4)
+    launch(_ragged_distinct_mark_kernel, grid, slots, slot_of, kept, num_values, BLOCK=_PER_PROGRAM, num_warps=4)
+    return kept
+
+
+@jit
+def _position_of(code, num_values):
+    """Return the position a slot's code stands for: 2 * position, or 2 * (L - 1 - position) + 1 where the last stays."""
+    order = code >> 1
+    return tl.where((code & 1) == 1, num_values - 1 - order, order)
+
+
+@jit
+def _ragged_distinct_insert_kernel(
+    ids_ptr,
+    offsets_ptr,
+    rules_ptr,
+    slots_ptr,
+    slot_of_ptr,
+    num_rows,
+    num_columns,
+    num_values,
+    num_slots,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    active = place < num_values
+    value = tl.load(ids_ptr + place, mask=active, other=0)
+    row = bag_of_place(offsets_ptr, place, num_rows)
+    first, last = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
+    keep_last = tl.load(rules_ptr + num_columns + 1 + bag_of_place(rules_ptr, row, num_columns))
+    code = tl.where(keep_last == 1, 2 * (num_values - 1 - place) + 1, 2 * place)
+    free = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    dummy = tl.full([BLOCK], num_slots, tl.int64)
+    mixed = hash64(value ^ (row * 0x5851F42D4C957F2D))  # the odd factor is any: it parts equal ids of other rows
+    slot = (mixed & (dummy - 1).to(tl.uint64)).to(tl.int64)
+    left = largest(active.to(tl.int32))
+    step = left.to(tl.int64) * 0
+    while (left > 0) & (step < num_slots):
+        seen = tl.load(slots_ptr + slot, mask=active, other=0)
+        tries = active & (seen == free)
+        found = tl.atomic_cas(slots_ptr + tl.where(tries, slot, dummy), free, code)
+        seen = tl.where(tries, found, seen)
+        claimed = tries & (found == free)
+        twin = _position_of(seen, num_values)
+        in_row = active & ~claimed & (twin >= first) & (twin < last)
+        same = in_row & (tl.load(ids_ptr + twin, mask=in_row, other=0) == value)
+        tl.atomic_min(slots_ptr + slot, code, mask=same & (code < seen))
+        done = claimed | same
+        tl.store(slot_of_ptr + place, slot, mask=done)
+        active = active & ~done
+        slot = tl.where(slot + 1 == dummy, 0, slot + 1)
+        left = largest(active.to(tl.int32))
+        step += 1
+
+
+@jit
+def _ragged_distinct_mark_kernel(slots_ptr, slot_of_ptr, kept_ptr, num_values, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < num_values
+    code = tl.load(slots_ptr + tl.load(slot_of_ptr + place, mask=mask, other=0), mask=mask, other=0)
+    tl.store(kept_ptr + place, _position_of(code, num_values) == place, mask=mask)
 
 
 @njit

@@ -8,7 +8,7 @@ from recis_kernels.feature_cross import feature_cross
 from recis_kernels.id_mod import id_mod
 from recis_kernels.jagged import lengths_to_offsets
 
-IMPLS = ["numba", "reference"]
+IMPLS: list[Impl] = ["numba", "triton", "reference"]
 
 
 def _cross(rows_a, rows_b, *, num_buckets=None, weights_a=None, weights_b=None, impl: Impl = "auto"):
@@ -62,14 +62,15 @@ def test_order_duplicates_and_weights_by_hand(impl):
     assert half.weights.tolist() == [2.0, 3.0]
 
 
+@pytest.mark.parametrize("impl", ["numba", "triton"])
 @pytest.mark.parametrize("num_buckets", [None, 0, 1000])
-def test_matches_reference(num_buckets):
+def test_matches_reference(num_buckets, impl):
     torch.manual_seed(5)
     sizes = [0, 1, 5, 31, 32, 33, 40, 200, 2, 0]  # both ways of finding duplicates
     rows_a = [torch.randint(-20, 20, (size,)).tolist() for size in sizes]
     rows_b = [torch.randint(-(2**62), 2**62, (1 + size % 7,)).tolist() * 2 for size in sizes]
     weights = [torch.rand(size).tolist() for size in sizes]
-    got = _cross(rows_a, rows_b, num_buckets=num_buckets, weights_a=weights, impl="numba")
+    got = _cross(rows_a, rows_b, num_buckets=num_buckets, weights_a=weights, impl=impl)
     want = _cross(rows_a, rows_b, num_buckets=num_buckets, weights_a=weights, impl="reference")
     assert torch.equal(got.values, want.values)
     assert torch.equal(got.offsets, want.offsets)
@@ -78,24 +79,67 @@ def test_matches_reference(num_buckets):
         assert got.values.min() >= 0
 
 
-def test_many_pairs_in_one_call_on_threads():
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_many_pairs_in_one_call_on_threads(impl):
     torch.manual_seed(6)
-    lengths = torch.randint(0, 50, (3000,))
+    third = 1000 if impl == "numba" else 10
+    lengths = torch.randint(0, 50 if impl == "numba" else 9, (3 * third,))
     ids = torch.randint(0, 30, (int(lengths.sum()),))
     offsets = lengths_to_offsets(lengths)
-    both = feature_cross(ids, offsets, ids, offsets, (0, 1000, 1000, 3000), [None, 5, 7])
+    rows = (0, third, third, 3 * third)
+    both = feature_cross(ids, offsets, ids, offsets, rows, [None, 5, 7], impl=impl)
     assert both.offsets[-1] == both.values.numel()
-    border = offsets[1000]
-    first = feature_cross(ids[:border], offsets[:1001], ids[:border], offsets[:1001], (0, 1000), [None])
+    border = offsets[third]
+    part = ids[:border], offsets[: third + 1]
+    first = feature_cross(*part, *part, (0, third), [None], impl="numba")
     assert torch.equal(both.values[: first.values.numel()], first.values)
     assert int(both.values[first.values.numel() :].max()) < 7
     assert both.weights is None
 
 
-def test_empty_batch():
-    crossed = _cross([], [])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_batch_one_huge_row_and_tensors_apart(impl):
+    crossed = _cross([], [], impl=impl)
     assert crossed.values.tolist() == []
     assert crossed.offsets.tolist() == [0]
+    crossed = _cross([[], [1]], [[2], []], weights_a=[[], [1.0]], impl=impl)
+    assert crossed.weights is not None
+    assert (crossed.values.tolist(), crossed.offsets.tolist(), crossed.weights.tolist()) == ([], [0, 0, 0], [])
+    ids, offsets = torch.tensor([[4, 9]] * 600)[:, 0], torch.tensor([0, 600, 600], dtype=torch.int32)
+    other = torch.arange(900).view(450, 2)[:, 1]
+    halves = torch.tensor([0.5, 3.0]).repeat(600).view(600, 2)[:, 0]
+    others = torch.tensor([0, 450, 450])
+    crossed = feature_cross(ids, offsets, other, others, (0, 2), [None], a_weights=halves, impl=impl)
+    assert crossed.offsets.tolist() == [0, 450, 450]
+    assert crossed.weights is not None
+    assert crossed.weights.tolist() == [0.5] * 450
+    assert crossed.values[1].item() == _cross([[4]], [[3]], impl=impl).values.item()
+
+
+def launches() -> None:
+    for dtype in (torch.int64, torch.int32):
+        ids, offsets = torch.arange(4), torch.tensor([0, 2, 4], dtype=dtype)
+        none, weights = None, torch.ones(4)
+        for each in (none, weights):
+            feature_cross(ids, offsets, ids, offsets, (0, 1, 2), [None, 7], a_weights=each, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_node_of_torch_compile(impl, weighted):
+    ids, offsets = torch.tensor([5, 3, 5, 8]), torch.tensor([0, 3, 4])
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0]) if weighted else None
+    arguments = ids, offsets, ids, offsets, [0, 1, 2], [-1, 7], weights, weights, impl
+    torch.library.opcheck(torch.ops.recis.feature_cross.default, arguments)
+
+    def run(ids):
+        crossed = feature_cross(
+            ids, offsets, ids, offsets, (0, 1, 2), [None, 7], a_weights=weights, b_weights=weights, impl=impl
+        )
+        return crossed.values + 1, crossed.offsets, ids if crossed.weights is None else crossed.weights
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(ids)
+    assert all(torch.equal(got, want) for got, want in zip(compiled, run(ids), strict=True))
 
 
 def test_wrong_arguments_are_refused():
