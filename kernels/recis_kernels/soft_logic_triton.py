@@ -182,7 +182,7 @@ def _slot_truth_kernel(
     if MIXED:
         none = tl.load(none_ptr + slots, mask=inside, other=0.0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for step in range(tl.max(last - first, axis=0)):
+    for step in range(tl.max(last - first, axis=0)):  # type: ignore[arg-type]
         entity = first + step
         mask = entity < last
         z = tl.load(logits_ptr + entity, mask=mask, other=0.0)
@@ -222,7 +222,7 @@ def _item_truth_kernel(
     last = tl.load(offsets_ptr + items + 1, mask=inside, other=0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     a = total + 1.0
-    for step in range(tl.max(last - first, axis=0)):
+    for step in range(tl.max(last - first, axis=0)):  # type: ignore[arg-type]
         slot = first + step
         mask = slot < last
         u = _clamped(tl.load(u_ptr + slot, mask=mask, other=-1.0))
@@ -267,7 +267,7 @@ def _item_grad_kernel(
     worst = first
     lowest = total + 1.0
     if LOGIC != 0:
-        for step in range(longest):
+        for step in range(longest):  # type: ignore[arg-type]
             slot = first + step
             mask = slot < last
             u = _clamped(tl.load(u_ptr + slot, mask=mask, other=-1.0))
@@ -279,7 +279,7 @@ def _item_grad_kernel(
                 log_h = tl.where(mask, _log_one_minus(u, a), 2.0)
                 worst = tl.where(log_h < lowest, slot, worst)
                 lowest = tl.minimum(log_h, lowest)
-    for step in range(longest):
+    for step in range(longest):  # type: ignore[arg-type]
         slot = first + step
         mask = slot < last
         u = _clamped(tl.load(u_ptr + slot, mask=mask, other=-1.0))
@@ -331,7 +331,7 @@ def _slot_grad_kernel(
     best = first
     if LOGIC == 1:
         lowest = tl.zeros([BLOCK], dtype=tl.float32) + 1.0
-        for step in range(longest):
+        for step in range(longest):  # type: ignore[arg-type]
             entity = first + step
             mask = entity < last
             z = tl.load(logits_ptr + entity, mask=mask, other=0.0)
@@ -340,12 +340,13 @@ def _slot_grad_kernel(
             miss = tl.where(mask, _log_miss(z, sure, none, MIXED), 2.0)
             best = tl.where(miss < lowest, entity, best)
             lowest = tl.minimum(miss, lowest)
-    for step in range(longest):
+    for step in range(longest):  # type: ignore[arg-type]
         entity = first + step
         mask = entity < last
         z = tl.load(logits_ptr + entity, mask=mask, other=0.0)
         if MIXED:
             sure = tl.load(confidence_ptr + entity, mask=mask, other=1.0)
+        miss = z
         if LOGIC == 2:
             own = sure * _sigmoid(z) * _sigmoid(-z)
         else:
