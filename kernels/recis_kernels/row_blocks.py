@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,12 +200,14 @@ class RowBlocks:
         """
         rows = self._checked(rows)
         known = self.layout.fields()
-        out = {}
+        out, parts = {}, []
         for name in known if fields is None else fields:
             offset, width, dtype = self._field(name, known)
-            values = torch.empty((rows.numel(), width) if width else (rows.numel(),), dtype=dtype, device=self.device)
-            self._copy(rows, values, offset, impl, to_rows=False)
-            out[name] = values
+            out[name] = torch.empty(
+                (rows.numel(), width) if width else (rows.numel(),), dtype=dtype, device=self.device
+            )
+            parts.append((offset, out[name]))
+        self._copy(rows, parts, impl, to_rows=False)
         return out
 
     def write(self, rows: Tensor, fields: Mapping[str, Tensor], *, impl: Impl = "auto") -> None:
@@ -222,8 +225,8 @@ class RowBlocks:
                 raise ValueError(
                     f"{name} must be {shape} {dtype}; got {tuple(values.shape)} {values.dtype}; convert it"
                 )
-        for name, values in fields.items():
-            self._copy(rows, values.detach().to(self.device).contiguous(), known[name][0], impl, to_rows=True)
+        parts = [(known[name][0], values.detach().to(self.device).contiguous()) for name, values in fields.items()]
+        self._copy(rows, parts, impl, to_rows=True)
 
     def _field(self, name: str, known: Mapping[str, tuple[int, int, torch.dtype]]) -> tuple[int, int, torch.dtype]:
         if name not in known:
@@ -239,68 +242,77 @@ class RowBlocks:
             )
         return rows.contiguous()
 
-    def _copy(self, rows: Tensor, values: Tensor, offset: int, impl: Impl, *, to_rows: bool) -> None:
+    def _copy(self, rows: Tensor, parts: Sequence[tuple[int, Tensor]], impl: Impl, *, to_rows: bool) -> None:
         version = choose(impl, self.device_pointers, triton=_copy_triton, numba=_copy_numba, torch=_copy_blockwise)
-        if rows.numel():
-            version(self, rows, values, offset, to_rows=to_rows)
+        if rows.numel() and parts:
+            version(self, rows, parts, to_rows=to_rows)
 
 
-def _copy_triton(store: RowBlocks, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
-    row_bytes = store.layout.row_bytes
-    copy_field(store.device_pointers, store.shift, row_bytes, offset, rows, values, to_rows=to_rows)
+def _copy_triton(store: RowBlocks, rows: Tensor, parts: Sequence[tuple[int, Tensor]], *, to_rows: bool) -> None:
+    for offset, values in parts:
+        row_bytes = store.layout.row_bytes
+        copy_field(store.device_pointers, store.shift, row_bytes, offset, rows, values, to_rows=to_rows)
 
 
-def _copy_numba(store: RowBlocks, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
-    num_words = values[0].numel() * values.element_size() // 2
-    words = values.view(-1).view(torch.uint8).view(torch.uint16)  # numpy has no bfloat16
-    pointers, where, data = store.pointers.numpy(), rows.numpy(), words.numpy()
+def _copy_numba(store: RowBlocks, rows: Tensor, parts: Sequence[tuple[int, Tensor]], *, to_rows: bool) -> None:
+    """All fields of a row at one visit; a bfloat16 field is as good as any, because bytes are copied."""
+    lines = [(offset, values[0].numel() * values.element_size(), values.data_ptr()) for offset, values in parts]
+    fields, pointers, where = np.array(lines, np.int64), store.pointers.numpy(), rows.numpy()
+    loop = _scatter_fields if to_rows else _gather_fields
 
-    def loop(start: int, stop: int) -> None:
-        args = (pointers, store.shift, store.layout.row_bytes, offset, num_words, where, data, start, stop)
-        (_scatter_words if to_rows else _gather_words)(*args)
+    def run(start: int, stop: int) -> None:
+        loop(pointers, store.shift, store.layout.row_bytes, where, fields, start, stop)
 
-    run_parts(loop, split(rows.numel()))
+    run_parts(run, split(rows.numel()))
 
 
-def _copy_blockwise(store: RowBlocks, rows: Tensor, values: Tensor, offset: int, *, to_rows: bool) -> None:
+def _copy_blockwise(store: RowBlocks, rows: Tensor, parts: Sequence[tuple[int, Tensor]], *, to_rows: bool) -> None:
     """The plain form for any device: block after block, a host sync each."""
-    data = values.view(rows.numel(), -1).view(torch.uint8)
     block_of_row, within = rows >> store.shift, rows & ((1 << store.shift) - 1)
     for number, block in enumerate(store.blocks):
         picked = (block_of_row == number).nonzero().squeeze(1)
-        part = block[:, offset : offset + data.shape[1]]
-        if to_rows:
-            part[within[picked]] = data[picked]
-        else:
-            data[picked] = part[within[picked]]
+        for offset, values in parts:
+            data = values.view(rows.numel(), -1).view(torch.uint8)
+            part = block[:, offset : offset + data.shape[1]]
+            if to_rows:
+                part[within[picked]] = data[picked]
+            else:
+                data[picked] = part[within[picked]]
 
 
 # Fields are copied as 16-bit words: every field is a whole count of them, and the compiler widens the inner loops to vectors.
+# A line of `fields` is (offset in a row, bytes, address of the values).
 
 
 @njit
-def _gather_words(pointers, shift, row_bytes, offset, num_words, rows, out, start, stop):
+def _gather_fields(pointers, shift, row_bytes, rows, fields, start, stop):
     mask, last = (1 << shift) - 1, rows.size - 1
     for n in range(start, stop):
         ahead = rows[min(n + _AHEAD, last)]
-        soon = pointers[ahead >> shift] + (ahead & mask) * row_bytes + offset
-        for line in range(0, 2 * num_words, 64):
-            prefetch(soon + line)
-        row = rows[n]
-        source = uint16_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_words)
-        for k in range(num_words):
-            out[n * num_words + k] = source[k]
+        soon = pointers[ahead >> shift] + (ahead & mask) * row_bytes
+        base = pointers[rows[n] >> shift] + (rows[n] & mask) * row_bytes
+        for f in range(fields.shape[0]):
+            offset, num_bytes = fields[f, 0], fields[f, 1]
+            for line in range(offset, offset + num_bytes, 64):
+                prefetch(soon + line)
+            source = uint16_at(base + offset, num_bytes // 2)
+            target = uint16_at(fields[f, 2] + n * num_bytes, num_bytes // 2)
+            for k in range(num_bytes // 2):
+                target[k] = source[k]
 
 
 @njit
-def _scatter_words(pointers, shift, row_bytes, offset, num_words, rows, values, start, stop):
+def _scatter_fields(pointers, shift, row_bytes, rows, fields, start, stop):
     mask, last = (1 << shift) - 1, rows.size - 1
     for n in range(start, stop):
         ahead = rows[min(n + _AHEAD, last)]
-        soon = pointers[ahead >> shift] + (ahead & mask) * row_bytes + offset
-        for line in range(0, 2 * num_words, 64):
-            prefetch_write(soon + line)
-        row = rows[n]
-        target = uint16_at(pointers[row >> shift] + (row & mask) * row_bytes + offset, num_words)
-        for k in range(num_words):
-            target[k] = values[n * num_words + k]
+        soon = pointers[ahead >> shift] + (ahead & mask) * row_bytes
+        base = pointers[rows[n] >> shift] + (rows[n] & mask) * row_bytes
+        for f in range(fields.shape[0]):
+            offset, num_bytes = fields[f, 0], fields[f, 1]
+            for line in range(offset, offset + num_bytes, 64):
+                prefetch_write(soon + line)
+            source = uint16_at(fields[f, 2] + n * num_bytes, num_bytes // 2)
+            target = uint16_at(base + offset, num_bytes // 2)
+            for k in range(num_bytes // 2):
+                target[k] = source[k]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from recis.embedding import HashTable
 
 Part = Literal["weights", "optimizer", "dense", "reader", "rng"]
-_IMPORT_ROWS = 8192  # imported at once: so few that torch wakes no OpenMP workers, who spin for a while
+_IMPORT_ROWS = 65536  # imported at once: a smaller batch spends its time in calls, a larger one outgrows the cache
 ALL_PARTS: frozenset[Part] = frozenset(("weights", "optimizer", "dense", "reader", "rng"))
 TREE_PARTS: Mapping[str, Part] = {"optim": "optimizer", "rng": "rng", "metrics": "reader"}  # file -> part
 

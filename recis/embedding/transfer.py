@@ -169,8 +169,9 @@ def evict_older_than(store: "RowStore", table: int, step: int) -> Tensor:
 
 def clear(store: "RowStore", table: int) -> None:
     """Make a table as new, see HashTable.clear."""
-    _, rows = store.index.export(table)
-    store.free(rows)
+    wanted = torch.zeros(store.reserved + 1, dtype=torch.bool)  # the last: default rows, which stay
+    wanted[table] = True
+    store.free(store.owners.rows_of(wanted))
     store.index.clear(table)
     store.admission.clear(table)
     store.totals.clear(table)
