@@ -38,11 +38,12 @@ class Calibration:
         numba_from_items: on the CPU, from how many elements on the numba loop of an op runs, where it has a torch version
             besides (`dispatch.choose`).
         bucketed_sort_from_ids: from how many ids on a sort deals them into ranges first (`unique_ids.argsort_ids`).
-        reduce_duplicates_by: on a GPU, how the positions of one row are brought together: "ticket" (the slot that a
-            lookup found hands out numbers) or "sort".
-        gather_rows_in_flight: on a GPU, rows that a program of a gather or a pooled sum has under way at once: 1, 2 or 4.
+        reduce_duplicates_by: on a GPU, how distinct ids are found: "ticket" (positions meet in a scratch hash table) or
+            "sort"; both give the same result (`unique_ids`).
+        gather_tile_items: on a GPU, elements that a program of a gather or a pooled sum holds: rows next to one another
+            in flight, times the row's width; 128 to 4096, a power of two.
         find_keys_per_program: on a GPU, keys that one program of a find probes: 16 to 256, a power of two.
-        block_items: on a GPU, elements per program of elementwise loops: 128 to 8192, a power of two.
+        block_items: on a GPU, values per program of feature ops: 128 to 8192, a power of two.
     """
 
     machine: str = "built-in"
@@ -51,8 +52,8 @@ class Calibration:
     numba_from_items: int = 0
     bucketed_sort_from_ids: int = 1 << 16
     reduce_duplicates_by: DuplicateRule = "ticket"
-    gather_rows_in_flight: int = 2
-    find_keys_per_program: int = 64
+    gather_tile_items: int = 512
+    find_keys_per_program: int = 32
     block_items: int = 1024
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class Calibration:
                 f"got {self.reduce_duplicates_by!r}"
             )
         for name, low, high in (
-            ("gather_rows_in_flight", 1, 4),
+            ("gather_tile_items", 128, 4096),
             ("find_keys_per_program", 16, 256),
             ("block_items", 128, 8192),
         ):

@@ -57,12 +57,12 @@ def _on_gpu(device: torch.device) -> dict[str, Any]:
     step = Point(num_bags=16_384, num_inputs=4)
     keys = Point(num_rows=8 << 20, num_bags=1 << 20, bag_length=1, num_inputs=4)
     jobs: Sequence[tuple[str, Sequence[Any], Callable[[], op_cases.Work]]] = (
-        ("gather_rows_in_flight", (1, 4), lambda: op_cases.pooled(step, device, "triton")),
-        ("find_keys_per_program", (32, 128), lambda: op_cases.find_hits(keys, device, "triton")),
+        ("gather_tile_items", (256, 1024, 2048), lambda: op_cases.pooled(step, device, "triton")),
+        ("find_keys_per_program", (64, 128), lambda: op_cases.find_hits(keys, device, "triton")),
         (
             "reduce_duplicates_by",
             ("sort",),
-            lambda: op_cases.update(replace(step, distribution="zipf"), device, "triton"),
+            lambda: op_cases.unique(replace(step, distribution="zipf"), device, "triton"),
         ),
         ("block_items", (512, 2048), lambda: value_cases.features(step, device, "triton", op="id_mod")),
     )

@@ -30,6 +30,7 @@ from recis.bench.op_cases import Point, Work
 from recis_kernels.dispatch import Impl
 from recis_kernels.embedding_bag import row_gather
 from recis_kernels.hash_index import find
+from recis_kernels.row_allocator import RowAllocator, find_or_insert_rows
 from recis_kernels.row_blocks import RowLayout
 from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update_flags
 from recis_kernels.unique_ids import unique_ids_padded
@@ -68,7 +69,7 @@ _DYNAMIC = Point(dim=128, distribution="power", bag_length=1, num_bags=1_048_570
 def dynamic_step(
     point: Point, device: torch.device, impl: Impl = "auto", *, train: bool = True, deterministic: bool = False
 ) -> Work:
-    """DynamicEmb's published workload on known ids: de-duplicate, find, gather per position and, to train, Adam.
+    """DynamicEmb's published workload on known ids: de-duplicate, find (to train: find or insert), gather, Adam.
 
     The number of distinct ids stays on the device: arrays are as long as the batch, and rows beyond that number are -1.
     Least bytes: 8 + 4 D per position and the row of each distinct id in, 4 D per position out; an update reads the
@@ -83,11 +84,16 @@ def dynamic_step(
     batches = [ids[rows] for rows in picked]
     offsets = torch.arange(num_ids + 1, device=device)
     upstream = torch.full((num_ids, point.dim), 1e-3, device=device)
+    allocator = RowAllocator(ids.numel(), device=device)
     scalars, places = torch.tensor([numbers], dtype=torch.float64), torch.arange(num_ids, device=device)
 
     def look_up(n: int) -> tuple[Any, Tensor, Tensor]:
         unique = unique_ids_padded(batches[n % len(batches)], impl=impl)
-        rows = torch.where(places < unique.num_unique, find(index, unique.ids, impl=impl), -1)
+        if train:
+            more = {"num_ids": unique.num_unique, "deterministic": deterministic, "impl": impl}
+            rows, _ = find_or_insert_rows(index, unique.ids, 0, allocator, **more)
+        else:
+            rows = torch.where(places < unique.num_unique, find(index, unique.ids, impl=impl), -1)
         return unique, rows, row_gather(blocks, rows, unique.inverse, impl=impl)
 
     def run(n: int) -> object:

@@ -27,7 +27,8 @@ from recis.bench.inputs import (
 )
 from recis_kernels.dispatch import Impl
 from recis_kernels.embedding_bag import embedding_bag, row_gather
-from recis_kernels.hash_index import HashIndex, find, find_or_insert
+from recis_kernels.hash_index import HashIndex, find
+from recis_kernels.row_allocator import RowAllocator, find_or_insert_rows
 from recis_kernels.row_blocks import RowLayout
 from recis_kernels.row_rules import ADAM, ROW_WISE_ADAGRAD, SGD, UpdateRule, reference_update
 from recis_kernels.sparse_update import PendingLookup, RowGrad, fused_update, fused_update_flags
@@ -144,25 +145,27 @@ def insert_new(point: Point, device: torch.device, impl: Impl = "auto") -> Work:
     ids = random_ids(total + total // 8, generator).unique()
     ids = ids[torch.randperm(ids.numel(), generator=generator, device=device)[:total]]
     batches = list(ids.split(num_ids))
-    index, given = HashIndex(device), [0]
+    index, allocator = HashIndex(device), RowAllocator(total, device=device)
     index.add_segment()
     index.reserve(0, total)
 
-    def allocate(new_ids: Tensor, _: Tensor) -> Tensor:
-        given[0] += new_ids.numel()
-        return torch.arange(given[0] - new_ids.numel(), given[0], device=device)
+    def run(n: int) -> object:
+        ids = batches[n % len(batches)]
+        return find_or_insert_rows(index, ids, 0, allocator, deterministic=False, impl=impl)
 
     def check() -> None:
         own, few = HashIndex(device), batches[-1][:CHECKED]
         own.add_segment()
-        rows = find_or_insert(own, few, 0, lambda new, _: torch.arange(new.numel(), device=device), impl=impl)
+        room = RowAllocator(few.numel(), device=device)
+        rows, is_new = find_or_insert_rows(own, few, 0, room, deterministic=False, impl=impl)
+        assert bool(is_new.all())
         assert find(own, few, impl=impl).equal(rows)
         assert rows.sort().values.equal(torch.arange(few.numel(), device=device))
 
     return Work(
         op="find_or_insert",
         case=f"find_or_insert {num_ids:,} new ids, up to load {total / int(index.table[0, 2]):.2f}",
-        run=lambda n: find_or_insert(index, batches[n % len(batches)], 0, allocate, impl=impl),
+        run=run,
         check=check,
         num_inputs=point.num_inputs,
         bytes_moved=num_ids * (64 + 16),
