@@ -89,6 +89,8 @@ def jagged_to_padded(
     check_offsets_form(offsets)
     if max_length < 0:
         raise ValueError(f"max_length must be at least 0; got {max_length}")
+    if impl == "reference":  # autograd's own gradient, not the node's
+        return _padded_reference(values, offsets, max_length, fill)
     run = _padded_op if is_traced(values) else _padded
     return run(values, offsets, max_length, float(fill), impl)
 
@@ -103,6 +105,8 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, num_values: int, *, impl: 
     check_offsets_form(offsets)
     if offsets.numel() != padded.shape[0] + 1:
         raise ValueError(f"padded has {padded.shape[0]} rows, so offsets must be [{padded.shape[0] + 1}]")
+    if impl == "reference":
+        return _flat_reference(padded, offsets, num_values)
     return (_flat_op if is_traced(padded) else _flat)(padded, offsets, num_values, impl)
 
 
@@ -157,12 +161,12 @@ def _bags(offsets: Tensor, num_values: int, impl: str) -> Tensor:
 
 
 def _padded(values: Tensor, offsets: Tensor, max_length: int, fill: float, impl: str) -> Tensor:
-    cpu = {"numba": _padded_numba, "torch": _padded_torch, "reference": _padded_reference}
+    cpu = {"numba": _padded_numba, "torch": _padded_torch}
     return choose(impl, values, triton=jagged_triton.pad, **cpu)(values.detach(), offsets, max_length, fill)  # type: ignore[arg-type]
 
 
 def _flat(padded: Tensor, offsets: Tensor, num_values: int, impl: str) -> Tensor:
-    cpu = {"numba": _flat_numba, "torch": _flat_torch, "reference": _flat_reference}
+    cpu = {"numba": _flat_numba, "torch": _flat_torch}
     return choose(impl, padded, triton=_flat_triton, **cpu)(padded.detach(), offsets, num_values)  # type: ignore[arg-type]
 
 

@@ -9,6 +9,8 @@ Runs of one call must not overlap. Offsets are [R + 1] int64 or int32, from 0, a
 per value; on a GPU one launch per op (two for concat and split).
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,12 +33,16 @@ def gather_runs(values: Tensor, starts: Tensor, offsets: Tensor, num_taken: int,
         ValueError: starts is not int64 [R], or offsets are malformed.
     """
     _check_runs(starts, offsets)
+    if impl == "reference":  # autograd's own gradient, not the node's
+        return torch.cat([values[:0], *(values[one] for one in _runs(starts, offsets))])
     return (_gather_op if is_traced(values) else _gather)(values, starts, offsets, num_taken, impl)
 
 
 def scatter_runs(packed: Tensor, starts: Tensor, offsets: Tensor, num_rows: int, *, impl: Impl = "auto") -> Tensor:
     """Return [num_rows, ...]: zeros, but run r = packed[offsets[r]:offsets[r + 1]] at starts[r]. As gather_runs else."""
     _check_runs(starts, offsets)
+    if impl == "reference":
+        return _scatter_reference(packed, starts, offsets, num_rows)
     return (_scatter_op if is_traced(packed) else _scatter)(packed, starts, offsets, num_rows, impl)
 
 
@@ -67,6 +73,9 @@ def concat_bags(
             f"both values must have rows of one shape and dtype; got {tuple(first.shape)} {first.dtype} "
             f"and {tuple(second.shape)} {second.dtype}"
         )
+    if impl == "reference":
+        pairs = zip(_bags(first, first_offsets), _bags(second, second_offsets), strict=True)
+        return torch.cat([first[:0], *(bag for pair in pairs for bag in pair)]), first_offsets + second_offsets
     run = _concat_op if is_traced(first, second) else _concat
     return run(first, first_offsets, second, second_offsets, impl), first_offsets + second_offsets
 
@@ -84,6 +93,11 @@ def split_bags(
     _check_pair(first_offsets, second_offsets)
     if not 0 <= num_first <= values.shape[0]:
         raise ValueError(f"num_first must be in [0, {values.shape[0]}]; got {num_first}")
+    if impl == "reference":
+        bags, sizes = _bags(values, first_offsets + second_offsets), first_offsets.diff().tolist()
+        heads = [bag[:size] for bag, size in zip(bags, sizes, strict=True)]
+        tails = [bag[size:] for bag, size in zip(bags, sizes, strict=True)]
+        return torch.cat([values[:0], *heads]), torch.cat([values[:0], *tails])
     return (_split_op if is_traced(values) else _split)(values, first_offsets, second_offsets, num_first, impl)
 
 
@@ -106,7 +120,7 @@ def _check_pair(first_offsets: Tensor, second_offsets: Tensor) -> None:
 
 
 def _copy(packed: Tensor, other: Tensor, starts: Tensor, offsets: Tensor, impl: str, *, to_packed: bool) -> None:
-    version = choose(impl, packed, triton=jagged_triton.copy_runs, numba=_copy_numba, reference=_copy_reference)  # type: ignore[arg-type]
+    version = choose(impl, packed, triton=jagged_triton.copy_runs, numba=_copy_numba)  # type: ignore[arg-type]
     version(packed, other, starts, offsets, to_packed=to_packed)
 
 
@@ -222,16 +236,26 @@ _concat_op.register_autograd(_concat_backward, setup_context=_concat_setup)
 _split_op.register_autograd(_split_backward, setup_context=_split_setup)
 
 
-# ---- reference and numba
+# ---- reference: slices, with torch's own gradients
 
 
-def _copy_reference(packed: Tensor, other: Tensor, starts: Tensor, offsets: Tensor, *, to_packed: bool) -> None:
-    ends = offsets.tolist()
-    for run, start in enumerate(starts.tolist()):
-        inner = packed[ends[run] : ends[run + 1]]
-        outer = other[start : start + ends[run + 1] - ends[run]]
-        target, source = (inner, outer) if to_packed else (outer, inner)
-        target.copy_(source)
+def _runs(starts: Tensor, offsets: Tensor) -> list[slice]:
+    sizes = offsets.diff().tolist()
+    return [slice(start, start + size) for start, size in zip(starts.tolist(), sizes, strict=True)]
+
+
+def _bags(values: Tensor, offsets: Tensor) -> list[Tensor]:
+    return [values[start:stop] for start, stop in pairwise(offsets.tolist())]
+
+
+def _scatter_reference(packed: Tensor, starts: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    out = packed.new_zeros((num_rows, *packed.shape[1:]))
+    for place, bag in zip(_runs(starts, offsets), _bags(packed, offsets), strict=True):
+        out[place] = bag
+    return out
+
+
+# ---- numba
 
 
 def _copy_numba(packed: Tensor, other: Tensor, starts: Tensor, offsets: Tensor, *, to_packed: bool) -> None:
