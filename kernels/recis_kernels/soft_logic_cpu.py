@@ -1,14 +1,16 @@
 """The CPU loops of soft_logic: one pass over items, slots and entities, in float64 whatever the dtype.
 
-Gradients, E = e^u, h = 1 - a E, g = 1 - E, with R and G the upstream gradients of log r and log g:
+Gradients, E = e^u = 1 - g, with R and G the upstream gradients of log r and log g:
 
-    product       du = -R a E / h - G E / g                     da = -R E / h
+    product       -du = R a E / h + G E / g                            da = -R E / h
     goedel        the same, R only at the item's worst slot
-    lukasiewicz   du = -R a E / r - G E / g,  R only if r > 0   da = -R E / r
-    du/dz_e       -d s_e / (1 - s_e) product and goedel's best entity;   -d s_e / (1 - sum s) lukasiewicz
-    d s_e / dz_e = c s (1 - s) of s = sigmoid(z_e);  the rest of 1 goes to the none logit likewise
+    lukasiewicz   d sum s = R a / r + G / g,  R only where r > 0       da = -R E / r
+    -du / dz_e    ds_e / (1 - s_e) for product and goedel's best entity
+    ds_e / dz_e   c s (1 - s) of s = sigmoid(z_e);  (1 - c) s (1 - s) of s = sigmoid(z0) for the none logit
 
-du is 0 where u was clamped. Threads take items, so a slot must belong to one item, as offsets say.
+Product logic without confidence needs one exp per entity and two logs per slot: Q = e^-u - 1 = prod(1 + e^z) - 1 grows
+by Q += e^z (1 + Q), which keeps the digits of a Q near 0; log g = -log1p(1 / Q). Past e^460 it goes over to the sum of
+logs. du is 0 where u was clamped. Threads take items, so a slot must belong to one item, as offsets say.
 """
 
 import math
@@ -23,6 +25,7 @@ from recis_kernels.threads import run_parts, split
 _PRODUCT, _GOEDEL, _LUKASIEWICZ = 0, 1, 2
 _MAX_U = -1e-30
 _LOG_2 = math.log(2.0)
+_HUGE = 1e200  # Q above it: sums of logs instead
 _MIN_ITEMS = 512  # per thread
 
 
@@ -96,6 +99,8 @@ def _sigmoid(z):
 def _log_one_minus(u, a):
     """log(1 - a e^u) for u <= 0."""
     if u > -_LOG_2:
+        if a == 1.0:
+            return math.log(-math.expm1(u))
         return math.log(-math.expm1(u) + (1.0 - a) * math.exp(u))
     return math.log1p(-a * math.exp(u))
 
@@ -119,6 +124,17 @@ def _log_miss(z, sure, none):
     own, other = math.log(sure) - _softplus(z), math.log(1.0 - sure) - _softplus(none)
     top = max(own, other)
     return top + math.log1p(math.exp(min(own, other) - top))
+
+
+@njit
+def _odds_of_slot(logits, first, last):
+    """Return Q = prod (1 + e^z) - 1 of entities first:last: the odds that one of them is true."""
+    odds = 0.0
+    for entity in range(first, last):
+        odds += math.exp(logits[entity]) * (1.0 + odds)
+        if odds > _HUGE:
+            break
+    return odds
 
 
 @njit
@@ -162,15 +178,25 @@ def _pool_loop(
         total = 0.0
         for slot in range(item_offsets[item], item_offsets[item + 1]):
             none = np.float64(none_logits[slot]) if none_logits.size else 0.0
-            u, _ = _u_of_slot(logits, confidence, none, slot_offsets[slot], slot_offsets[slot + 1], logic)
-            us[slot] = u
-            u = _clamped(np.float64(us[slot]))  # as backward reads it
+            first, last = slot_offsets[slot], slot_offsets[slot + 1]
             a = np.float64(relaxation[slot]) if relaxation.size else 1.0
-            log_g[slot] = _log_one_minus(u, 1.0)
-            if logic == _PRODUCT:
-                total += _log_one_minus(u, a)
-            elif logic == _GOEDEL:
+            odds = np.inf
+            if logic == _PRODUCT and confidence.size == 0:
+                odds = _odds_of_slot(logits, first, last)
+            if not odds > _HUGE:
+                u = -math.log1p(odds)
+                log_h = -math.log1p(1.0 / -_clamped(-odds))
+            else:
+                u, _ = _u_of_slot(logits, confidence, none, first, last, logic)
+                log_h = _log_one_minus(_clamped(u), 1.0)
+            us[slot] = u
+            u = _clamped(u)
+            log_g[slot] = log_h
+            if a != 1.0:
                 log_h = _log_one_minus(u, a)
+            if logic == _PRODUCT:
+                total += log_h
+            elif logic == _GOEDEL:
                 if log_h < total or log_h != log_h:
                     total = log_h
             else:
@@ -211,21 +237,21 @@ def _grad_loop(
                 if log_h < lowest:
                     worst, lowest = slot, log_h
         for slot in range(first_slot, last_slot):
-            raw_u = np.float64(us[slot])
-            u = _clamped(raw_u)
-            power = math.exp(u)
+            u = np.float64(us[slot])
+            odds = math.expm1(-_clamped(u))  # E / g = 1 / odds, E / h = 1 / (odds + 1 - a)
             a = np.float64(relaxation[slot]) if relaxation.size else 1.0
             share = np.float64(of_r[item])
             if logic != _LUKASIEWICZ:
-                share /= -math.expm1(u) + (1.0 - a) * power
+                share /= odds + (1.0 - a)
                 if logic == _GOEDEL and slot != worst:
                     share = 0.0
+                of_truth = share * a + np.float64(of_g[slot]) / odds
             else:
                 share = share / (1.0 - misses) if 1.0 - misses > -_MAX_U else 0.0
-            of_relaxation[slot] = -share * power
-            # per E, so that lukasiewicz divides by 1 - sum s only once
-            of_miss = -share * a + np.float64(of_g[slot]) / math.expm1(u)
-            if raw_u > _MAX_U or raw_u == -np.inf:
+                of_truth = share * a + np.float64(of_g[slot]) * (1.0 + 1.0 / odds)
+                share /= 1.0 + odds
+            of_relaxation[slot] = -share
+            if u > _MAX_U or u == -np.inf:
                 continue
             none = np.float64(none_logits[slot]) if none_logits.size else 0.0
             _grad_slot(
@@ -235,8 +261,7 @@ def _grad_loop(
                 slot_offsets[slot],
                 slot_offsets[slot + 1],
                 logic,
-                of_miss,
-                raw_u,
+                of_truth,
                 of_logits,
                 of_none,
                 slot,
@@ -244,8 +269,8 @@ def _grad_loop(
 
 
 @njit
-def _grad_slot(logits, confidence, none, first, last, logic, of_miss, u, of_logits, of_none, slot):
-    """of_miss is the gradient of E = 1 - g."""
+def _grad_slot(logits, confidence, none, first, last, logic, of_truth, of_logits, of_none, slot):
+    """of_truth: minus the gradient of u for product and goedel, of the sum of s for lukasiewicz."""
     best = first
     if logic == _GOEDEL:
         _, best = _u_of_slot(logits, confidence, none, first, last, logic)
@@ -254,20 +279,20 @@ def _grad_slot(logits, confidence, none, first, last, logic, of_miss, u, of_logi
         if logic == _GOEDEL and entity != best:
             continue
         sure = np.float64(confidence[entity]) if confidence.size else 1.0
+        if sure == 1.0:
+            own = _sigmoid(logits[entity])
+            if logic == _LUKASIEWICZ:
+                own *= _sigmoid(-logits[entity])
+            of_logits[entity] = of_truth * own
+            continue
         z = np.float64(logits[entity])
-        rest = 0.0
-        if logic != _LUKASIEWICZ:
-            # dE = -E ds / (1 - s), and s (1 - s) / (1 - s mixed) without dividing by a rounded 0
+        if logic != _LUKASIEWICZ:  # ds / (1 - s) without dividing by a rounded 0
             miss = _log_miss(z, sure, none)
-            of_truth = -of_miss * math.exp(u)
             own = _sigmoid(z) * math.exp(math.log(sure) - _softplus(z) - miss)
-            if sure < 1.0:
-                rest = _sigmoid(none) * math.exp(math.log(1.0 - sure) - _softplus(none) - miss)
+            rest = _sigmoid(none) * math.exp(math.log(1.0 - sure) - _softplus(none) - miss)
         else:
-            of_truth = -of_miss
             own = sure * _sigmoid(z) * _sigmoid(-z)
-            if sure < 1.0:
-                rest = (1.0 - sure) * _sigmoid(none) * _sigmoid(-none)
+            rest = (1.0 - sure) * _sigmoid(none) * _sigmoid(-none)
         of_logits[entity] = of_truth * own
         total += of_truth * rest
     of_none[slot] = total
