@@ -124,6 +124,12 @@ class TableSet:
             store.require_boundary("loading a step")
             store.step = step + 1
 
+    def set_deterministic(self, enabled: bool) -> None:
+        """Choose whether new ids take rows in ascending order, from the next lookup on; a Trainer sets what its config says."""
+        self.deterministic = enabled
+        for store in self.stores:
+            store.deterministic = enabled
+
     def snapshot(self, *, memory_mib: int = 1024, since_step: int | None = None) -> dict[str, TableSnapshot]:
         """Freeze all tables as they are at this boundary, by name; training may go on while a thread reads them.
 

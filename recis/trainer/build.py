@@ -120,3 +120,19 @@ def _present(batch: Any, name: str) -> Tensor:
 
 def _finite(value: Tensor | JaggedTensor) -> bool:
     return _finite(value.values) if isinstance(value, JaggedTensor) else bool(torch.isfinite(value).all())
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a model, which a checkpoint holds; tables are saved apart.
+
+    Raises:
+        ConfigError: a module has extra state (get_extra_state), which would be lost.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.split(".")[-1] == "_extra_state" or not isinstance(value, Tensor):
+            raise ConfigError(
+                f"the model's state {name!r} is no parameter or buffer and would be lost in a checkpoint; keep it in a "
+                "buffer (register_buffer), or in a hook"
+            )
+    return state

@@ -63,12 +63,12 @@ class Logger:
         self._since = (0.0, 0)
 
     def on_train_start(self, state: RunState) -> None:
-        self._since = (self._clock(), state.samples)
+        self._since = (self._clock() - state.evaluation_s, state.samples)
 
     def on_step_end(self, state: RunState) -> None:
         if state.step % self._every_steps:
             return
-        now = self._clock()
+        now = self._clock() - state.evaluation_s
         begun, samples = self._since
         self._log.write(
             {

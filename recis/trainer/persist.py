@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load, read_manifest, resolve_chain, tree
 from recis.checkpoint.manifest import step_folder
 from recis.errors import CheckpointError, ConfigError
-from recis.trainer.build import load_named_optimizer_state, named_optimizer_state
+from recis.trainer.build import dense_state, load_named_optimizer_state, named_optimizer_state
 from recis.trainer.config import InitFrom, TrainConfig
 from recis.trainer.randomness import random_state, set_random_state
 from recis.trainer.serialize import differences
@@ -50,7 +50,7 @@ def boundary(trainer: "Trainer") -> Boundary:
         seed=trainer.config.seed,
         clock_s=int(trainer.clock()),
         table_sets=trainer.table_sets,
-        dense=trainer.model.state_dict(),
+        dense=dense_state(trainer.model),
         trees={
             "optim": {
                 "dense": named_optimizer_state(trainer.dense_optimizer, names),
@@ -140,7 +140,7 @@ def load_weights(trainer: "Trainer", path: Path) -> Loaded:
 
 def target(trainer: "Trainer") -> Target:
     """Return what checkpoints are loaded into."""
-    return Target(tables=trainer.tables, dense=trainer.model.state_dict())
+    return Target(tables=trainer.tables, dense=dense_state(trainer.model))
 
 
 def _restore_optimizers(trainer: "Trainer", loaded: Loaded) -> None:

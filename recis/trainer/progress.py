@@ -22,25 +22,34 @@ class Progress:
         every_steps: steps between plain lines when `stream` is no terminal.
         stream: where to print; None is standard error at the time of printing.
         clock: seconds, rising; for tests.
+        note: a line to print when training starts.
     """
 
     def __init__(
-        self, *, every_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        every_steps: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        note: str | None = None,
     ) -> None:
         self.every_steps = every_steps
         self._stream = stream
         self._clock = clock
+        self._note = note
         self._window = (0.0, 0, 0)  # time, samples, step where the window began
         self._shown_s = -REFRESH_S
         self._open_line = False
 
     def on_train_start(self, state: RunState) -> None:
-        """Start the clock."""
-        self._window = (self._clock(), state.samples, state.step)
+        """Print the note and start the clock."""
+        if self._note is not None:
+            (self._stream or sys.stderr).write(self._note + "\n")
+        self._window = (self._now(state), state.samples, state.step)
 
     def on_step_end(self, state: RunState) -> None:
         """Print a line when one is due."""
-        now = self._clock()
+        now = self._now(state)
         stream = self._stream or sys.stderr
         plain = state.step % self.every_steps == 0
         if stream.isatty():
@@ -59,9 +68,12 @@ class Progress:
         """Leave the last line standing."""
         if self._open_line:
             stream = self._stream or sys.stderr
-            stream.write("\r\x1b[2K" + self._line(state, self._clock()) + "\n")
+            stream.write("\r\x1b[2K" + self._line(state, self._now(state)) + "\n")
             stream.flush()
             self._open_line = False
+
+    def _now(self, state: RunState) -> float:
+        return self._clock() - state.evaluation_s
 
     def _line(self, state: RunState, now: float) -> str:
         begun, samples, step = self._window

@@ -27,6 +27,7 @@ class RunState:
         best: value of the monitored metric at its best, and `best_step` the step it was found at.
         bad_evals: evaluations since the best one.
         last_eval_step: step of the newest evaluation.
+        evaluation_s: seconds that evaluations of this process have taken; rates of training leave them out.
         stop_reason: why training ends before its time; None while it goes on. A resumed run starts without one.
         run: the run's folder, None where nothing is kept.
         checkpoint: the newest checkpoint that is whole.
@@ -45,6 +46,7 @@ class RunState:
     best_step: int | None = None
     bad_evals: int = 0
     last_eval_step: int | None = None
+    evaluation_s: float = 0.0
     stop_reason: str | None = None
     run: Path | None = None
     checkpoint: Path | None = None

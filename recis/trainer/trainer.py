@@ -30,6 +30,7 @@ from recis.trainer.build import (
     all_tables,
     build_model,
     dense_parameters,
+    dense_state,
     find_collections,
     nonfinite_features,
     table_sets,
@@ -40,7 +41,7 @@ from recis.trainer.hooks import Checkpoint, EarlyStop, Logger, call_hooks, check
 from recis.trainer.log import MetricsLog
 from recis.trainer.metric_set import MetricSet
 from recis.trainer.progress import Progress
-from recis.trainer.randomness import deterministic_torch, seed_everything
+from recis.trainer.randomness import deterministic_note, deterministic_torch, seed_everything
 from recis.trainer.run_folder import RunFolder
 from recis.trainer.serialize import to_json
 from recis.trainer.state import RunState
@@ -110,8 +111,11 @@ class Trainer:
         seed_everything(config.seed)
         self.choices = calibration.BUILT_IN if config.deterministic else calibration.current()
         self.model = build_model(config)
+        dense_state(self.model)  # refuses, before any work, what a checkpoint could not hold
         self.collections = find_collections(self.model)
         self.table_sets = table_sets(self.collections)
+        for table_set in self.table_sets:
+            table_set.set_deterministic(config.deterministic)
         self.tables = all_tables(self.table_sets)
         self.dense_parameters = dense_parameters(self.model)
         self._forward = torch.compile(self.model) if config.compile_dense else self.model
@@ -312,10 +316,12 @@ class Trainer:
         state, metrics = self.state, {}
         if self._eval_data is None and self.config.evaluate is None:
             return
+        begun = time.monotonic()
         if self._eval_data is not None:
             metrics.update(self.evaluate())
         if self.config.evaluate is not None:
             metrics.update(self.config.evaluate(self))
+        state.evaluation_s += time.monotonic() - begun
         state.last_eval_step = state.step
         state.metrics = metrics
         call_hooks(self._hooks, "on_evaluate_end", state)
@@ -359,7 +365,8 @@ class Trainer:
             hooks.append(EarlyStop(config.monitor))
         hooks.append(Logger(self._log, every_steps=config.log_every_steps, metrics=self.metrics))
         if not quiet:
-            hooks.append(Progress(every_steps=config.log_every_steps))
+            note = deterministic_note() if config.deterministic and self.tables else None
+            hooks.append(Progress(every_steps=config.log_every_steps, note=note))
         hooks += config.hooks
         if self._saver is not None:
             hooks.append(Checkpoint(every_steps=config.save_every_steps, save=self._save))

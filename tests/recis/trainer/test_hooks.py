@@ -109,6 +109,25 @@ def test_progress_in_a_file():
     assert stream.getvalue() == "step 1,000/2,000   loss 0.4312   8,000 samples/s   ETA 0:00:10\n"
 
 
+def test_rates_leave_out_evaluation(tmp_path):
+    clock, stream, state = Clock(), io.StringIO(), RunState()
+    log = MetricsLog(tmp_path / "m.jsonl")
+    hooks = [
+        Progress(every_steps=10, stream=stream, clock=clock, note="a note"),
+        Logger(log, every_steps=10, metrics=MetricSet((), ("label",)), clock=clock),
+    ]
+    for hook in hooks:
+        hook.on_train_start(state)
+    clock.now += 25
+    state.evaluation_s += 20
+    stepped(state, 10, samples=100)
+    for hook in hooks:
+        hook.on_step_end(state)
+    log.close()
+    assert stream.getvalue() == "a note\nstep 10   loss 0.5000   20 samples/s\n"
+    assert read_log(tmp_path / "m.jsonl")[0]["samples_per_s"] == 20.0
+
+
 def test_progress_on_a_terminal():
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
