@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.address import float32_at, load_float64, load_int32, store_uint16
+from recis_kernels.address import float32_at, load_float64, uint16_at, uint32_at
 from recis_kernels.columns import to_device
 from recis_kernels.dense_adamw_triton import adamw_on_device
 from recis_kernels.dispatch import Impl, choose, njit
@@ -246,10 +246,10 @@ def _adam_chunk(count, w_at, m_at, v_at, g_at, scale, k):
 @njit
 def _round_nearest(wide, stored, count):
     """Round floats to the nearest bf16 words, ties to even; NaN stays NaN."""
+    bits, words = uint32_at(wide, count), uint16_at(stored, count)
+    half, one, shift = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
     for i in range(count):
-        bits = np.int64(load_int32(wide + 4 * i)) & 0xFFFFFFFF
-        if (bits & 0x7FFFFFFF) > 0x7F800000:
-            bits |= 0x400000
-        else:
-            bits += 0x7FFF + ((bits >> 16) & 1)
-        store_uint16(stored + 2 * i, np.uint16(bits >> 16))
+        value = bits[i]
+        is_nan = value & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+        moved = value | np.uint32(0x400000) if is_nan else value + half + (value >> shift & one)
+        words[i] = np.uint16(moved >> shift)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import uint16_at
+from recis_kernels.columns import to_device
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.host_memory import zeroed_bytes
 from recis_kernels.prefetch import prefetch, prefetch_write
@@ -172,7 +173,7 @@ class RowBlocks:
     def _set_pointers(self) -> None:
         self.pointers = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64)
         # a new tensor each time: kernels under way may still read the old one, which its stream's allocator keeps
-        self.device_pointers = self.pointers.to(self.device)
+        self.device_pointers = to_device(self.pointers, self.device)
 
     def __reduce__(self) -> tuple:
         raise TypeError("RowBlocks hold addresses and cannot be copied or pickled; write() what read() gives elsewhere")

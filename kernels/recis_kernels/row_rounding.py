@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.address import load_int32, load_uint16, store_int32, store_uint16
+from recis_kernels.address import uint16_at, uint32_at
 from recis_kernels.dispatch import Impl, choose, njit
-from recis_kernels.philox import id_words, rounding_stream, words
+from recis_kernels.philox import rounding_stream, words
+from recis_kernels.philox_vector import COLUMNS, store_words
 from recis_kernels.row_rounding_triton import round_rows
 
+NOISE_BYTES = 4 * COLUMNS
 _EXPONENT = 0x7F800000
 
 
@@ -69,30 +71,22 @@ def add_noise(values: Tensor, noise: Tensor) -> Tensor:
 @njit
 def widen_row(stored, wide, dim):
     """Put `dim` bf16 words at `stored` into floats at `wide`."""
+    words, bits = uint16_at(stored, dim), uint32_at(wide, dim)
     for i in range(dim):
-        store_int32(wide + 4 * i, np.int32(np.int64(load_uint16(stored + 2 * i)) << 16))
+        bits[i] = np.uint32(words[i]) << np.uint32(16)
 
 
 @njit
-def round_row(wide, stored, dim, key64, row_id, stream):
-    """Round `dim` floats at `wide` into bf16 words at `stored`, as round_stochastic does."""
-    for quad in range((dim + 3) // 4):
-        word0, word1, word2, word3 = id_words(key64, row_id, quad, stream)
-        column = 4 * quad
-        _round_one(wide, stored, column, word0)
-        if column + 1 < dim:
-            _round_one(wide, stored, column + 1, word1)
-        if column + 2 < dim:
-            _round_one(wide, stored, column + 2, word2)
-        if column + 3 < dim:
-            _round_one(wide, stored, column + 3, word3)
-
-
-@njit
-def _round_one(wide, stored, column, word):
-    bits = np.int64(load_int32(wide + 4 * column)) & 0xFFFFFFFF
-    if (bits & _EXPONENT) != _EXPONENT:
-        bits += np.int64(word) & 0xFFFF
-    elif (bits & 0x7FFFFF) != 0:
-        bits |= 0x400000
-    store_uint16(stored + 2 * column, np.uint16(bits >> 16))
+def round_row(wide, stored, dim, key64, row_id, stream, noise):
+    """Round `dim` floats at `wide` into bf16 words at `stored`, as round_stochastic does; noise: scratch of NOISE_BYTES."""
+    exponent, mark, low = np.uint32(_EXPONENT), np.uint32(0x7FFFFF), np.uint32(0xFFFF)
+    drawn = uint32_at(noise, COLUMNS)
+    for start in range(0, dim, COLUMNS):
+        store_words(key64, row_id, start // 4, stream, noise)
+        count = min(COLUMNS, dim - start)
+        bits, words = uint32_at(wide + 4 * start, count), uint16_at(stored + 2 * start, count)
+        for i in range(count):
+            value = bits[i]
+            quiet = np.uint32(0x400000) if value & mark != np.uint32(0) else np.uint32(0)
+            moved = value + (drawn[i] & low) if value & exponent != exponent else value | quiet
+            words[i] = np.uint16(moved >> np.uint32(16))

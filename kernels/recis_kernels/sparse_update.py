@@ -36,7 +36,7 @@ from recis_kernels.row_grads import (
     reduce_lookups,
     split_views,
 )
-from recis_kernels.row_rounding import round_row, round_stochastic, widen_row
+from recis_kernels.row_rounding import NOISE_BYTES, round_row, round_stochastic, widen_row
 from recis_kernels.row_rules import (
     NUM_FOLDED,
     ROW_STEPS,
@@ -344,9 +344,10 @@ def _numba(
     return torch.from_numpy(np.concatenate(indices))
 
 
-def _scratch(dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return memory for one loop: a widened row and GROUP gradients; addresses of the gradients; their square sums."""
-    return lane_scratch(dim, 1 + GROUP), np.empty(GROUP, np.int64), np.empty(GROUP, np.float32)
+def _scratch(dim: int) -> tuple[np.ndarray, ...]:
+    """Return memory for one loop: a widened row and GROUP gradients; their addresses; their square sums; noise."""
+    noise = np.empty(NOISE_BYTES, np.uint8)
+    return lane_scratch(dim, 1 + GROUP), np.empty(GROUP, np.int64), np.empty(GROUP, np.float32), noise
 
 
 def _place(blocks: RowBlocks, rule: UpdateRule) -> tuple[int, ...]:
@@ -384,7 +385,7 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
     """
     code, seen_step, stream, is_direct, start, stop = job
     shift, row_bytes, dim, is_bf16, first_at, second_at, steps_at, id_at, seen_at, count_at = place
-    pointers, rows, counts, keys, bad, scratch, ready, squares = memory
+    pointers, rows, counts, keys, bad, scratch, ready, squares, noise = memory
     starts, sources, factors = lists
     mask = (1 << shift) - 1
     num_bad = 0
@@ -442,5 +443,6 @@ def _update_loop(job, place, memory, tables, lists, scalars, scale):
                 widen_row(address, wide_at, dim)
             update_row(code, dim, weight, address + first_at, address + second_at, steps, g_at, squares[u - first], k)
             if is_bf16 != 0:
-                round_row(wide_at, address, dim, keys[tables[u]], load_int64(address + id_at), stream)
+                row_id = load_int64(address + id_at)
+                round_row(wide_at, address, dim, keys[tables[u]], row_id, stream, noise.ctypes.data)
     return num_bad

@@ -211,3 +211,5 @@ def launches() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for grad_dtype in (torch.float32, torch.bfloat16):
             updated(ADAMW, scalars_of(LINE), impl="triton", dtype=dtype, grad_dtype=grad_dtype)
+    w, g, m, v = (torch.ones(1) for _ in range(4))
+    dense_adamw([w], [g], [m], [v], ADAMW, scalars_of(LINE), impl="triton")

@@ -292,7 +292,8 @@ def test_content_is_checked_on_request():
 
 def launches() -> None:
     rows, offsets = torch.arange(6), torch.tensor([0, 2, 6])
-    for dim, dtype in ((64, torch.float32), (128, torch.bfloat16), (3, torch.float32), (1024, torch.float32)):
+    forms = ((64, torch.float32), (128, torch.bfloat16), (3, torch.float32), (1024, torch.float32), (1, torch.bfloat16))
+    for dim, dtype in forms:
         blocks = RowBlocks(RowLayout(dim, dtype), shift=3)
         blocks.grow(8)
         for inverse in (None, rows, rows.int()):
@@ -300,3 +301,8 @@ def launches() -> None:
             for factors in (None, torch.ones(6)):
                 embedding_bag(blocks, rows, inverse, offsets, factors, impl="triton")
             factor_grads(blocks, rows, inverse, offsets, torch.ones(2, dim), impl="triton")
+    blocks = RowBlocks(RowLayout(1), shift=0)  # every number 1, which Triton makes a constant
+    blocks.grow(1)
+    embedding_bag(blocks, rows[:1] * 0, None, offsets[:2], impl="triton")
+    row_gather(blocks, rows[:1] * 0, impl="triton")
+    factor_grads(blocks, rows[:1] * 0, None, offsets[:2], torch.ones(1, 1), impl="triton")

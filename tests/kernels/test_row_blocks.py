@@ -183,7 +183,7 @@ def test_impossible_layouts(build, message):
 
 
 def launches() -> None:
-    for dim, dtype in ((64, torch.float32), (5, torch.bfloat16)):
+    for dim, dtype in ((64, torch.float32), (5, torch.bfloat16), (1, torch.float32)):
         blocks = RowBlocks(RowLayout(dim, dtype), shift=3)
         blocks.grow(20)
         rows = torch.arange(20)

@@ -338,10 +338,12 @@ def test_content_is_checked_on_request(change, message):
 
 
 def launches() -> None:
-    for dim in (5, 64, 1024):
+    for dim in (1, 5, 64, 1024):
         pooled = random_view(1, 3, 4, dim, factors=dim == 64)
         by_position = random_view(1, 3, 4, dim, per_position=True)
         for view in (pooled, by_position, replace(pooled, inverse=pooled.inverse.long())):
             lookup = PendingLookup(torch.arange(4), torch.zeros(4).int(), torch.ones(4).int(), [view])
             reduce_grads([view], 4, dim, impl="triton")
             row_square_sums(lookup, dim, impl="triton")
+    one = RowGrad(torch.zeros(1, dtype=torch.int64), torch.arange(2), 1, grad=torch.ones(1, 1))
+    reduce_grads([one], 1, 1, impl="triton")

@@ -87,6 +87,6 @@ def test_wrong_values_are_named():
 
 
 def launches() -> None:
-    for dim in (64, 5):
+    for dim in (64, 5, 1):
         for keys in (KEY, KEY.expand(3)):
             round_stochastic(torch.rand(3, dim), torch.arange(3), keys, 1, impl="triton")

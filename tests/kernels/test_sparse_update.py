@@ -564,3 +564,8 @@ def launches() -> None:
             seen = PendingLookup(rows, rows.int(), rows.int(), [view])
             fused_update_flags(blocks, [seen], rule, scalars_of(rule), step=1, keys=KEYS, impl="triton")
     update_rows(store_of(SGD, 4, 5), rows, torch.ones(4, 5), SGD, scalars_of(SGD), step=1, impl="triton")
+    # every number 1, which Triton makes a constant
+    for rule in (ROW_WISE_ADAGRAD, BY_ROW):
+        blocks = RowBlocks(RowLayout(1, state=states_of(rule, 1)), shift=0)
+        blocks.grow(1)
+        update_rows(blocks, rows[:1], torch.ones(1, 1), rule, scalars_of(rule), step=1, impl="triton")
