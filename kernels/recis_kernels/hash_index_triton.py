@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from recis_kernels import hash_probe as probe
+from recis_kernels.calibration import current
 from recis_kernels.dispatch import jit, launch, tl, triton
 from recis_kernels.philox_triton import hash64
 
-_KEYS = 32  # ids per program; the cost of a program is that of its slowest id
+_KEYS = 32  # ids per program of what changes slots; the cost of a program is that of its slowest id
 
 
 def _constant(value: int) -> Any:
@@ -44,7 +45,8 @@ def find(table: Tensor, slots: Sequence[Tensor], ids: Tensor, segments: Tensor) 
     """Return the row of each id, -1 where absent; one launch."""
     del slots  # reached through the table
     rows = torch.empty_like(ids)
-    _launch(_hash_find_kernel, table, ids, segments, rows, rows, PLACES=False)
+    keys = current().find_keys_per_program
+    _launch(_hash_find_kernel, table, ids, segments, rows, rows, PLACES=False, keys=keys)
     return rows
 
 
@@ -90,11 +92,13 @@ def rebuild(table: Tensor, segments: Tensor, old: Tensor, largest: int) -> None:
     launch(_hash_rebuild_kernel, grid, table, segments, old, idle, KEYS=_KEYS)
 
 
-def _launch(kernel: Any, table: Tensor, per_id: Tensor, other: Tensor, *args: Tensor, **options: bool) -> None:
+def _launch(
+    kernel: Any, table: Tensor, per_id: Tensor, other: Tensor, *args: Tensor, keys: int = _KEYS, **options: bool
+) -> None:
     """Launch a kernel over the positions of per_id [N]; `other` is [N] too, or [1] for all."""
     stride = 0 if other.numel() == 1 else 1
-    grid = (-(-per_id.numel() // _KEYS),)
-    launch(kernel, grid, table, per_id, other, *args, per_id.numel(), stride, KEYS=_KEYS, **options)
+    grid = (-(-per_id.numel() // keys),)
+    launch(kernel, grid, table, per_id, other, *args, per_id.numel(), stride, KEYS=keys, **options)
 
 
 def _idle_slots(device: torch.device) -> Tensor:
@@ -127,11 +131,11 @@ def _home_of(table_ptr, ids, segment, mask):
 
 
 @jit
-def _group_keys(base, mask):
-    """Return the keys [KEYS, 16] of the groups at addresses base; volatile, as other programs fill them meanwhile."""
+def _group_keys(base, mask, VOLATILE: tl.constexpr):
+    """Return the keys [KEYS, 16] of the groups at addresses base; volatile where other programs fill them meanwhile."""
     slot = tl.arange(0, 16)
     at = (base[:, None] + 16 * slot[None, :]).to(tl.pointer_type(tl.int64))
-    return tl.load(at, mask=mask[:, None], other=0, volatile=True)
+    return tl.load(at, mask=mask[:, None], other=0, volatile=VOLATILE)  # pyright: ignore[reportArgumentType]
 
 
 @jit
@@ -151,7 +155,7 @@ def _find_slots(table_ptr, ids, segment, mask):
     steps = tl.max(tl.where(mask, groups, 0))
     while (steps > 0) & (tl.max(searching.to(tl.int32)) > 0):
         base = address + group * 256
-        keys = _group_keys(base, searching)
+        keys = _group_keys(base, searching, VOLATILE=False)
         hit = tl.max(tl.where(keys == ids[:, None], number, 0), axis=1)
         is_end = tl.max((keys == EMPTY).to(tl.int32), axis=1) > 0
         found = tl.where(searching & (hit > 0), base + (hit - 1) * 16, found)
@@ -178,7 +182,7 @@ def _claim_slots(table_ptr, idle_ptr, ids, segment, mask, KEYS: tl.constexpr):
     steps = tl.max(tl.where(mask, groups, 0)) * 17
     while (steps > 0) & (tl.max(searching.to(tl.int32)) > 0):
         base = address + group * 256
-        keys = _group_keys(base, searching)
+        keys = _group_keys(base, searching, VOLATILE=True)
         hit = tl.max(tl.where(keys == ids[:, None], number + 1, 0), axis=1)
         away = (number - home[:, None]) & 15  # from the home slot on and round to just before it
         first = tl.min(tl.where(keys == EMPTY, away, 16), axis=1)

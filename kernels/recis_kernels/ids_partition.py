@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels import ids_partition_triton
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import hash64, hash64_one
 from recis_kernels.threads import run_parts, split
-from recis_kernels.unique_ids import argsort_ids, unique_ids
+from recis_kernels.unique_ids import unique_ids
+from recis_kernels.unique_ids_order import argsort_ids
 
 NUM_SLICES = 1 << 16
 Rule = Literal["hash", "mod"]
@@ -67,6 +69,8 @@ def slice_of_id(ids: Tensor, rule: Rule = "hash") -> Tensor:
 def ids_partition(ids: Tensor, num_ranks: int, rule: Rule = "hash", *, impl: Impl = "auto") -> Partition:
     """Return the distinct ids of ids [L] int64 ordered by owner, with counts per rank and the inverse.
 
+    One host sync on a GPU, for the number of distinct ids; `counts` stays on the device.
+
     Raises:
         ValueError: wrong shape or dtype, an unknown rule, or num_ranks outside 1..65536.
     """
@@ -75,7 +79,31 @@ def ids_partition(ids: Tensor, num_ranks: int, rule: Rule = "hash", *, impl: Imp
     if rule not in ("hash", "mod"):
         raise ValueError(f'rule must be "hash" or "mod"; got {rule!r}')
     bounds = slice_bounds(num_ranks)
-    return choose(impl, ids, numba=_numba, reference=_reference)(ids, bounds, rule)
+    run = _op if torch.compiler.is_compiling() else _run
+    return Partition(*run(ids.contiguous(), bounds, rule, impl))
+
+
+def _run(ids: Tensor, bounds: Tensor, rule: str, impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
+    found = choose(impl, ids, triton=_triton, numba=_numba, reference=_reference)(ids, bounds, rule)
+    return found.ids, found.counts, found.inverse
+
+
+@torch.library.custom_op("recis::ids_partition", mutates_args=())
+def _op(ids: Tensor, bounds: Tensor, rule: str, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(ids, bounds, rule, impl)  # type: ignore[arg-type]
+
+
+@_op.register_fake
+def _(ids, bounds, rule, impl):
+    distinct = ids.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return distinct, ids.new_empty(bounds.shape[0] - 1), torch.empty_like(ids, dtype=torch.int32)
+
+
+def _triton(ids: Tensor, bounds: Tensor, rule: Rule) -> Partition:
+    unique = unique_ids(ids, impl="triton")
+    order, slices = ids_partition_triton.order_by_slice(unique.ids, rule == "hash")
+    starts = torch.searchsorted(slices, bounds.to(ids.device, torch.int32))
+    return Partition(unique.ids[order], starts.diff(), ids_partition_triton.through(unique.inverse, order))
 
 
 def _reference(ids: Tensor, bounds: Tensor, rule: Rule) -> Partition:

@@ -6,9 +6,11 @@ Order: by the top bits of the pair's hash, then by first position: a function of
 It is also nearly the order of a hash index's slots, so a find of the result walks memory forwards.
 Three passes, each split over threads: scatter the positions into partitions of about 2048 by hash (in the order of
 position), number the pairs of each partition with a small table that stays in cache, write what each position got.
-About 40 bytes move per id, all of it from cache at training sizes; no sort. The GPU's way is in `unique_ids_triton`.
+About 40 bytes move per id, all of it from cache at training sizes; no sort. A GPU does the same by tickets
+(`unique_ids_triton`) or by sorting (`unique_ids_sort`), as `calibration` says.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,16 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels import unique_ids_triton
+from recis_kernels import unique_ids_sort, unique_ids_triton
+from recis_kernels.calibration import current
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import hash64, hash64_one
 from recis_kernels.threads import run_parts, split
+from recis_kernels.unique_ids_order import argsort_ids, even_shares, order_by_segment_and_id, scatter
+
+__all__ = ["PaddedUnique", "Unique", "argsort_ids", "order_by_segment_and_id", "unique_ids", "unique_ids_padded"]
 
 _PARTITION_IDS = 2048
-_MAX_BITS = 8  # at most 256 partitions: more write streams than that fall out of the first-level cache
-_SEGMENT_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: ids common to many segments must not share a partition
+_MAX_BITS = 8  # at most 256 partitions, see unique_ids_order
+_SEGMENT_MIX = np.uint64(unique_ids_sort.SEGMENT_MIX)
 _MIN_PER_THREAD = 8192
-_BUCKETED_SORT = 1 << 16  # ids from which argsort_ids deals them out first
 _TABLE_BITS = np.uint64(20)  # where in the hash the table slot lies: clear of partition (top) and owner slice (low 16)
 
 
@@ -90,39 +95,11 @@ def unique_ids_padded(
     return PaddedUnique(*(_padded_op if torch.compiler.is_compiling() else _padded)(ids, per_id, impl))
 
 
-def order_by_segment_and_id(ids: Tensor, segments: Tensor, num_segments: int, *, impl: Impl = "auto") -> Tensor:
-    """Return the permutation int64 [U] that sorts distinct pairs by ascending (segment, signed id); never waits.
-
-    Args:
-        ids: int64 [U].  segments: int32 [U], each in [0, num_segments).
-    """
-    return (_order_op if torch.compiler.is_compiling() else _order)(ids, segments, num_segments, impl)
-
-
-def _numba_order(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    by_id = argsort_ids(ids.numpy())  # unstable, and need not be: equal ids are of different segments
-    if num_segments <= 1 or ids.numel() < 2:
-        return torch.from_numpy(by_id)
-    order = np.empty_like(by_id)
-    _stable_by_segment(by_id, segments.numpy(), np.zeros(num_segments + 1, np.int64), order)
-    return torch.from_numpy(order)
-
-
-def _torch_order(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    by_id = ids.argsort(stable=True)
-    return by_id if num_segments <= 1 else by_id[segments[by_id].argsort(stable=True)]
-
-
-def _reference_order(ids: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    pairs = list(zip(segments.tolist(), ids.tolist(), strict=True))
-    return torch.tensor(sorted(range(len(pairs)), key=pairs.__getitem__), dtype=torch.int64)
-
-
 # ---- which version runs, and nodes of torch.compile
 
 
 def _unique(ids: Tensor, segments: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = choose(impl, ids, triton=_triton, numba=_numba, reference=_reference)(ids, segments)
+    found = choose(impl, ids, triton=_triton, numba=_numba, torch=_torch, reference=_reference)(ids, segments)
     return found.ids, found.segments, found.inverse, found.counts
 
 
@@ -130,13 +107,8 @@ def _padded(ids: Tensor, segments: Tensor, impl: Impl) -> tuple[Tensor, Tensor, 
     if ids.numel() == 0:
         found = _reference(ids, segments)
         return found.ids, found.segments, found.inverse, found.counts, ids.new_zeros(1)
-    versions = {"numba": _numba_padded, "reference": _reference_padded, "triton": _triton_padded}
-    return choose(impl, ids, **versions)(ids, segments)
-
-
-def _order(ids: Tensor, segments: Tensor, num_segments: int, impl: Impl) -> Tensor:
-    versions = {"numba": _numba_order, "torch": _torch_order, "triton": _torch_order, "reference": _reference_order}
-    return choose(impl, ids, **versions)(ids, segments, num_segments)
+    versions = {"triton": _triton_padded, "numba": _numba_padded, "torch": _torch_padded}
+    return choose(impl, ids, reference=_reference_padded, **versions)(ids, segments)
 
 
 @torch.library.custom_op("recis::unique_ids", mutates_args=())
@@ -147,11 +119,6 @@ def _unique_op(ids: Tensor, segments: Tensor, impl: str) -> tuple[Tensor, Tensor
 @torch.library.custom_op("recis::unique_ids_padded", mutates_args=())
 def _padded_op(ids: Tensor, segments: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _padded(ids, segments, impl)  # type: ignore[arg-type]
-
-
-@torch.library.custom_op("recis::order_by_segment_and_id", mutates_args=())
-def _order_op(ids: Tensor, segments: Tensor, num_segments: int, impl: str) -> Tensor:
-    return _order(ids, segments, num_segments, impl)  # type: ignore[arg-type]
 
 
 def _fake_arrays(ids: Tensor, num_unique: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,44 +134,6 @@ def _(ids, segments, impl):
 @_padded_op.register_fake
 def _(ids, segments, impl):
     return *_fake_arrays(ids, ids.shape[0]), ids.new_empty(1)
-
-
-@_order_op.register_fake
-def _(ids, segments, num_segments, impl):
-    return torch.empty_like(ids)
-
-
-def argsort_ids(ids: np.ndarray) -> np.ndarray:
-    """Return a permutation int64 [U] that sorts int64 ids; equal ids come in any order.
-
-    A long list is first dealt into 256 even ranges of values: numpy's vectorised sort is twice as fast in cache, and the
-    ranges go to all threads. Ids that crowd in one range cost one plain sort.
-    """
-    if len(ids) < _BUCKETED_SORT:
-        return np.argsort(ids)
-    lowest = ids.min()
-    shift = max(0, (int(ids.max()) - int(lowest)).bit_length() - _MAX_BITS)
-    ranges = np.empty(len(ids), np.uint8)
-    keys, positions = np.empty_like(ids), np.empty(len(ids), np.int32)
-    starts = np.zeros((1 << _MAX_BITS) + 1, np.int64)
-    _name_ranges(ids, lowest, shift, ranges)
-    _scatter(ids, ranges, 0, len(ids), starts, keys, positions)
-    order = np.empty(len(ids), np.int64)
-
-    def sort(low: int, high: int) -> None:
-        for start, stop in pairwise(starts[low : high + 1].tolist()):
-            if stop > start:
-                order[start:stop] = positions[start:stop][np.argsort(keys[start:stop])]
-
-    cuts = split(len(ids), min_items=_MIN_PER_THREAD)
-    run_parts(sort, _even_shares(starts, cuts))
-    return order
-
-
-def _even_shares(starts: np.ndarray, cuts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return one run of partitions for each cut, with about the same number of positions: some are far longer."""
-    bounds = [0, *np.searchsorted(starts, [stop for _, stop in cuts[:-1]]).tolist(), len(starts) - 1]
-    return list(pairwise(bounds))
 
 
 def _checked(ids: Tensor, segments: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -279,14 +208,27 @@ def _numba_padded(ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor
     return _pad(_numba(ids, segments))
 
 
+def _torch_padded(ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return unique_ids_sort.padded(ids, segments, _partition_bits(ids.numel()))
+
+
 def _triton_padded(ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return unique_ids_triton.padded(ids, segments, _partition_bits(ids.numel()))
+    way = unique_ids_sort if current().reduce_duplicates_by == "sort" else unique_ids_triton
+    return way.padded(ids, segments, _partition_bits(ids.numel()))
+
+
+def _torch(ids: Tensor, segments: Tensor) -> Unique:
+    return _cut(ids, segments, _torch_padded)
 
 
 def _triton(ids: Tensor, segments: Tensor) -> Unique:
+    return _cut(ids, segments, _triton_padded)
+
+
+def _cut(ids: Tensor, segments: Tensor, padded: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Unique:
     if ids.numel() == 0:
         return Unique(ids, segments.new_empty(0), segments.new_empty(0), segments.new_empty(0))
-    out_ids, out_segments, inverse, counts, num_unique = _triton_padded(ids, segments)
+    out_ids, out_segments, inverse, counts, num_unique = padded(ids, segments)
     size = int(num_unique)
     return Unique(out_ids[:size], out_segments[:size], inverse, counts[:size])
 
@@ -300,15 +242,15 @@ def _numba(ids: Tensor, segments: Tensor) -> Unique:
     scratch = _Scratch(num_ids)
     starts = np.zeros((len(cuts), num_partitions + 1), np.int64)
 
-    def scatter(part: int, _: int) -> None:
+    def deal(part: int, _: int) -> None:
         start, stop = cuts[part]
         _name_partitions(values, of_id, stride, bits, start, stop, scratch.partitions)
-        _scatter(values, scratch.partitions, start, stop, starts[part], scratch.keys, scratch.positions)
+        scatter(values, scratch.partitions, start, stop, starts[part], scratch.keys, scratch.positions)
 
-    run_parts(scatter, threads)
+    run_parts(deal, threads)
     bases = np.zeros(num_partitions + 1, np.int64)
     np.cumsum(np.diff(starts, axis=1).sum(axis=0), out=bases[1:])
-    shares = _even_shares(bases, cuts)
+    shares = even_shares(bases, cuts)
     sizes = np.zeros(num_partitions + 1, np.int64)
     shared = (scratch.positions, of_id, stride, starts, bases)
     pairs = (scratch.found, scratch.seen, scratch.counts, scratch.numbers)
@@ -357,33 +299,6 @@ def _name_partitions(ids, segments, stride, bits, start, stop, partitions):
     else:
         for i in range(start, stop):
             partitions[i] = np.uint8((_pair_hash(ids[i], segments[i]) >> np.uint64(1)) >> shift)
-
-
-@njit
-def _name_ranges(ids, lowest, shift, ranges):
-    """Write which of 256 even ranges of values each id lies in, counted from the lowest."""
-    for i in range(ids.shape[0]):
-        ranges[i] = np.uint8((np.uint64(ids[i]) - np.uint64(lowest)) >> np.uint64(shift))
-
-
-@njit
-def _scatter(ids, partitions, start, stop, starts, keys, positions):
-    """Order positions start:stop by partition, keeping their order inside one; starts[p] = where partition p begins."""
-    num_partitions = starts.shape[0] - 1
-    cursor = np.zeros(num_partitions, np.int64)
-    for i in range(start, stop):
-        cursor[partitions[i]] += 1
-    total = start
-    for p in range(num_partitions):
-        starts[p] = total
-        total += cursor[p]
-        cursor[p] = starts[p]
-    starts[num_partitions] = total
-    for i in range(start, stop):
-        to = cursor[partitions[i]]
-        keys[to] = ids[i]
-        positions[to] = i
-        cursor[partitions[i]] = to + 1
 
 
 @njit
@@ -449,15 +364,3 @@ def _finish(
         for part in range(starts.shape[0]):
             for j in range(starts[part, p], starts[part, p + 1]):
                 inverse[positions[j]] = first + numbers[j]
-
-
-@njit
-def _stable_by_segment(by_id, segments, starts, order):
-    for u in range(segments.shape[0]):
-        starts[segments[u] + 1] += 1
-    for s in range(starts.shape[0] - 1):
-        starts[s + 1] += starts[s]
-    for k in range(by_id.shape[0]):
-        u = by_id[k]
-        order[starts[segments[u]]] = u
-        starts[segments[u]] += 1

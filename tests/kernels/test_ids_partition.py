@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from recis_kernels import ids_partition as module
 from recis_kernels.ids_partition import ids_partition, slice_bounds, slice_of_id
 
 IDS = torch.tensor([1, 65537, 2, 1, 40000])
-IMPLS = pytest.mark.parametrize("impl", ["numba", "reference"])
+IMPLS = pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
 
 
 @IMPLS
@@ -51,6 +52,36 @@ def test_matches_reference(rule, num_ranks):
             assert getattr(got, field).equal(getattr(want, field)), field
         assert got.ids[got.inverse.long()].equal(ids)
         assert int(got.counts.sum()) == got.ids.numel()
+
+
+@pytest.mark.parametrize("rule", ["hash", "mod"])
+@pytest.mark.parametrize("num_ranks", [1, 3, 65536])
+def test_kernels_match_the_loops(rule, num_ranks):
+    extremes = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 65536, -65536])
+    strided = torch.stack((torch.arange(-150, 150) * 65536, torch.zeros(300, dtype=torch.int64)), dim=1)[:, 0]
+    for ids in (torch.randint(-(2**63), 2**63 - 1, (300,)).repeat(2), strided, extremes.repeat(2), extremes[:0]):
+        got, want = (ids_partition(ids, num_ranks, rule, impl=impl) for impl in ("triton", "numba"))
+        for field in ("ids", "counts", "inverse"):
+            assert getattr(got, field).dtype == getattr(want, field).dtype
+            assert getattr(got, field).equal(getattr(want, field)), field
+
+
+def test_op_is_a_node_of_torch_compile():
+    torch.library.opcheck(module._op, (IDS, slice_bounds(3), "hash", "numba"))
+
+    def run(ids):
+        part = ids_partition(ids, 3)
+        return part.ids * 2, part.counts, part.inverse
+
+    for got, want in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(IDS), run(IDS), strict=True):
+        assert got.equal(want)
+
+
+def launches() -> None:
+    """Launch every kernel once or more, for compile_kernels.py."""
+    for by_hash in (True, False):
+        order, _ = module.ids_partition_triton.order_by_slice(IDS, by_hash)
+        module.ids_partition_triton.through(IDS.int(), order)
 
 
 def test_owners_get_even_shares():

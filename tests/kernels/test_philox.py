@@ -75,7 +75,7 @@ def _words_kernel(ids_ptr, keys_ptr, hashes_ptr, words_ptr, bits_ptr, num_ids, s
     keys = tl.load(keys_ptr + place, mask=mask, other=0)
     quads = tl.arange(0, 2)
     drawn = philox_triton.id_words(keys[:, None], ids[:, None], quads[None, :], stream)
-    for word in tl.static_range(4):
+    for word in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         at = words_ptr + place[:, None] * 8 + 4 * quads[None, :] + word
         tl.store(at, drawn[word].to(tl.int64), mask=mask[:, None])
 

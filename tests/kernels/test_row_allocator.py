@@ -61,7 +61,9 @@ STEP = st.tuples(
 
 def run_steps(steps, versions: list[Impl], *, mirrored: bool = False) -> None:
     """Run the same calls on an index and an allocator of each version; every answer and every counter must agree."""
-    made = [(impl, new_index(3, mirrored=mirrored), RowAllocator(30)) for impl in versions]
+    made: list[tuple[Impl, HashIndex, RowAllocator]] = [
+        (impl, new_index(3, mirrored=mirrored), RowAllocator(30)) for impl in versions
+    ]
     for kind, pairs in steps:
         ids = torch.tensor([row_id for _, row_id in pairs], dtype=torch.int64)
         segments = torch.tensor([segment for segment, _ in pairs], dtype=torch.int32)

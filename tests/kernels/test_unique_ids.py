@@ -1,5 +1,7 @@
 """Distinct pairs: equal to the reference in every array, whatever the threads; and the extremes of int64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recis_kernels import unique_ids as module
+from recis_kernels import unique_ids_order as order_module
+from recis_kernels.calibration import BUILT_IN, use
 from recis_kernels.unique_ids import Unique, order_by_segment_and_id, unique_ids, unique_ids_padded
 
 EXTREMES = [-(2**63), -(2**63) + 1, -2, -1, 0, 1, 2**62, 2**63 - 1]
@@ -73,8 +77,14 @@ KERNEL_BATCHES = {
 
 
 @pytest.mark.parametrize("batch", KERNEL_BATCHES)
-def test_kernels_match_the_loops(batch):
+@pytest.mark.parametrize("way", ["ticket", "sort"])
+def test_kernels_match_the_loops(way, batch):
     ids, segments = KERNEL_BATCHES[batch]
+    with use(replace(BUILT_IN, reduce_duplicates_by=way)):
+        check_kernels(ids, segments)
+
+
+def check_kernels(ids: torch.Tensor, segments: torch.Tensor) -> None:
     assert_same(unique_ids(ids, segments, impl="triton"), unique_ids(ids, segments))
     wide, want = unique_ids_padded(ids, segments, impl="triton"), unique_ids_padded(ids, segments)
     for field in (*FIELDS, "num_unique"):
@@ -87,10 +97,11 @@ def test_kernels_match_the_loops(batch):
 def test_kernels_on_any_ids(pairs):
     ids = torch.tensor([row_id for row_id, _ in pairs], dtype=torch.int64)
     segments = torch.tensor([segment for _, segment in pairs], dtype=torch.int32)
-    assert_same(unique_ids(ids, segments, impl="triton"), unique_ids(ids, segments, impl="reference"))
+    for impl in ("triton", "torch"):
+        assert_same(unique_ids(ids, segments, impl=impl), unique_ids(ids, segments, impl="reference"))
 
 
-@pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
+@pytest.mark.parametrize("impl", ["numba", "torch", "triton", "reference"])
 def test_padded_by_hand(impl):
     got = unique_ids_padded(torch.tensor([5, 9, 5, 5]), impl=impl)
     assert got.ids.tolist() == [5, 9, 0, 0]  # one partition, so by first position
@@ -115,7 +126,7 @@ def test_ops_are_nodes_of_torch_compile():
     ids, segments = torch.tensor([5, 9, 5, -1]), torch.tensor([0, 1, 0, 0], dtype=torch.int32)
     for op in (module._unique_op, module._padded_op):
         torch.library.opcheck(op, (ids, segments, "numba"))
-    torch.library.opcheck(module._order_op, (ids, segments, 2, "numba"))
+    torch.library.opcheck(order_module._order_op, (ids, segments, 2, "numba"))
 
     def run(ids, segments):
         unique, padded = unique_ids(ids, segments), unique_ids_padded(ids, segments)
@@ -188,16 +199,16 @@ def test_order_by_segment_and_signed_id():
 
 
 @pytest.mark.parametrize(("low", "high"), [(-(2**63), 2**63 - 1), (0, 10**6), (-50, 50), (5, 6)])
-def test_argsort_of_a_long_list(low, high, monkeypatch):
+def test_argsort_of_a_long_list(low, high):
     ids = np.random.default_rng(0).integers(low, high, 70_000)
-    order = module.argsort_ids(ids)
+    order = order_module.argsort_ids(ids)
     assert np.array_equal(np.sort(order), np.arange(70_000))
     assert np.array_equal(ids[order], np.sort(ids))
     ids[:2] = -(2**63), 2**63 - 1  # all others crowd in one range
-    assert np.array_equal(ids[module.argsort_ids(ids)], np.sort(ids))
-    monkeypatch.setattr(module, "_BUCKETED_SORT", 1)
-    for short in (ids[:1], ids[:3], ids[2:900]):
-        assert np.array_equal(short[module.argsort_ids(short)], np.sort(short))
+    assert np.array_equal(ids[order_module.argsort_ids(ids)], np.sort(ids))
+    with use(replace(BUILT_IN, bucketed_sort_from_ids=0)):
+        for short in (ids[:1], ids[:3], ids[2:900]):
+            assert np.array_equal(short[order_module.argsort_ids(short)], np.sort(short))
 
 
 @pytest.mark.parametrize(
