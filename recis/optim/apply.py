@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recis.errors import CheckpointError, ConfigError, RecisError
-from recis.optim.config import RowOptimizer
+from recis.optim.config import RowOptimizer, group_names
 from recis.optim.stores import describe_rows, names_of, shortened, stores_of
 from recis_kernels.sparse_update import fused_update
 
@@ -118,7 +118,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         lines = []
         for config, group, t in zip(store.configs, groups, store.t.tolist(), strict=True):
             optimizer: RowOptimizer = config.optimizer
-            key = (type(optimizer), t, *(group[name] for name in optimizer.param_group()))
+            key = (type(optimizer), t, *(group[name] for name in group_names(type(optimizer))))
             if key not in self._numbers:
                 if len(self._numbers) > 4 * len(self.param_groups):
                     self._numbers.clear()

@@ -7,7 +7,8 @@ the user change them between steps. So tables that differ only in those numbers 
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,6 +29,12 @@ from recis_kernels.row_rules import (
 
 StateSpec = tuple[tuple[str, int], ...]
 _FIXED = ("h0", "bias_correction")  # what rows are laid out or filled by: not in the param group, cannot change
+
+
+@cache
+def group_names(optimizer: type["RowOptimizer"]) -> tuple[str, ...]:
+    """Return the fields of an optimizer's config that may change between steps."""
+    return tuple(field.name for field in fields(optimizer) if field.name not in _FIXED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +70,7 @@ class RowOptimizer:
 
     def param_group(self) -> dict[str, Any]:
         """Return the numbers that may change between steps, under torch's names."""
-        return {name: value for name, value in asdict(self).items() if name not in _FIXED}
+        return {name: getattr(self, name) for name in group_names(type(self))}
 
     def scalars(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
         """Return the columns `self.rule.scalars` from a param group as it stands, for optimizer step t of the table.
