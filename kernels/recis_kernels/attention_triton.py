@@ -23,6 +23,7 @@ from recis_kernels.dispatch import launch, triton
 from recis_kernels.jagged import lengths_to_offsets
 
 _MIN_DIM = 16  # tl.dot takes no narrower tile
+_MAX_STRIDE = 1 << 24  # within a tile addresses are int32: 64 rows of this stride are below 2**31
 _PARTIAL_BYTES = 1 << 27  # partial bias tables at a time; more tiles than fit are launched in turns
 
 
@@ -166,11 +167,12 @@ def _tiles(offsets: Tensor, num_rows: int, block: int) -> tuple[Tensor, int]:
 
 def _rows(inputs: AttentionInputs) -> tuple[list[Tensor], list[int]]:
     """Return query, key and value with the numbers of a row together, and the strides of their rows."""
-    parts = [
-        rows if rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] else rows.contiguous()
-        for rows in (inputs.query, inputs.key, inputs.value)
-    ]
+    parts = [rows if _is_packed(rows) else rows.contiguous() for rows in (inputs.query, inputs.key, inputs.value)]
     return parts, [rows.stride(0) for rows in parts]
+
+
+def _is_packed(rows: Tensor) -> bool:
+    return rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] and 0 <= rows.stride(0) <= _MAX_STRIDE
 
 
 def _tables(inputs: AttentionInputs, tile_offsets: Tensor) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Softmax attention over variable-length sequences: against the float64 reference, torch's own attention, and by hand."""
 
 import math
+import mmap
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -241,6 +242,44 @@ def test_strided_rows(impl):
         query, key, value = (part.contiguous() for part in rows)
         want = jagged_attention(query, key, value, offsets, impl=impl)
         torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_rows_beyond_two_to_the_31_numbers(impl):
+    """Rows far apart in memory that is mapped lazily; only their own pages are touched."""
+    stride, num_rows = 1 << 24, 130
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * stride * num_rows), dtype=torch.float32)
+    assert stride * (num_rows - 1) > 2**31
+    packed = memory.as_strided((num_rows, 3, 1, 4), (stride, 4, 4, 1))
+    packed.copy_(torch.randn(packed.shape))
+    offsets = offsets_of([64, 0, num_rows - 64])
+    found = []
+    for rows in (packed, packed.contiguous()):
+        query, key, value = (part.detach().requires_grad_() for part in rows.unbind(1))
+        assert query.stride(0) == rows.stride(0)
+        out = jagged_attention(query, key, value, offsets, causal=True, impl=impl)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    for far, near in zip(*found, strict=True):
+        torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cpu_scores_exist_a_tile_at_a_time_and_are_hardly_padded(monkeypatch, causal):
+    sizes, original = [], attention_cpu._scores
+
+    def watched(*args):
+        scores, buckets = original(*args)
+        sizes.append(scores.numel())
+        return scores, buckets
+
+    monkeypatch.setattr(attention_cpu, "_scores", watched)
+    monkeypatch.setattr(attention_cpu, "TILE", 8192)
+    lengths = [700, 650, *[3] * 40, *range(1, 90)]
+    rows, offsets, _ = build({"lengths": lengths, "dims": (4, 4), "heads": 3}, torch.float32)
+    jagged_attention(*rows, offsets, causal=causal)
+    num_pairs = 3 * sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
+    assert max(sizes) <= 8192
+    assert num_pairs <= sum(sizes) < 1.3 * num_pairs
 
 
 def test_gradcheck():
