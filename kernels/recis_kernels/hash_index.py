@@ -114,13 +114,18 @@ class HashIndex:
                 "their load passed 0.9, which only an insert inside torch.compile can do; call make_room before it"
             )
 
-    def export(self, segment: int, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
-        """Return (ids, rows) of a segment, int64 [size] each, by ascending signed id; one host sync on a GPU."""
+    def export(self, segment: int, *, ordered: bool = True, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+        """Return (ids, rows) of a segment, int64 [size] each; one host sync on a GPU.
+
+        ordered: by ascending signed id; False: as they lie in memory, which takes a tenth of the time.
+        """
         slots = self._slots[segment]
         side = int(self.table[segment, probe.SIDE])
         ids, rows = choose(impl, slots, numba=ops.numba_export, torch=ops.torch_export, triton=ops.torch_export)(
             slots, side
         )
+        if not ordered:
+            return ids, rows
         order = torch.from_numpy(np.argsort(ids.numpy())) if ids.device.type == "cpu" else ids.argsort()
         return ids[order], rows[order]
 

@@ -140,7 +140,6 @@ class TableSnapshot:
 
     Attributes:
         name: of the table.
-        ids: [n] int64, ascending, of the rows to save.
         state, signature, admission: HashTable.state(), .signature() and .admission_state() of the boundary.
         tombstones: ids removed since the base, ascending; empty without a base.
         state_widths: width of each optimizer state vector.
@@ -160,13 +159,14 @@ class TableSnapshot:
         tombstones: Tensor,
     ) -> None:
         self.name = name
-        self.ids = ids
+        self._ids = ids
+        self._is_ordered = False
         self.state = dict(state)
         self.signature = dict(signature)
         self.admission = dict(admission)
         self.tombstones = tombstones
         self.state_widths = dict(store.layout.state)
-        self._rows = rows
+        self._rows = rows  # with _ids in no order until somebody reads: ordering many ids would stall training
         self._store = store
         self._protection: StoreSnapshot | None = protection
         protection.open(rows)
@@ -174,7 +174,16 @@ class TableSnapshot:
     @property
     def num_rows(self) -> int:
         """n."""
-        return self.ids.numel()
+        return self._ids.numel()
+
+    @property
+    def ids(self) -> Tensor:
+        """[n] int64, ascending, of the rows to save; the first use puts them in order."""
+        if not self._is_ordered:
+            order = torch.from_numpy(np.argsort(self._ids.cpu().numpy())).to(self._ids.device)
+            self._ids, self._rows = self._ids[order], self._rows[order]
+            self._is_ordered = True
+        return self._ids
 
     def __enter__(self) -> "TableSnapshot":
         return self
@@ -190,8 +199,8 @@ class TableSnapshot:
         """
         if self._protection is None:
             raise ValueError(f"the snapshot of table {self.name!r} is closed; take another")
-        fields = self._protection.read(self._rows[start:stop])
-        return exported_fields(self.ids[start:stop], fields)
+        ids = self.ids[start:stop]
+        return exported_fields(ids, self._protection.read(self._rows[start:stop]))
 
     def chunks(self, rows_per_chunk: int = 8192) -> Iterator[dict[str, Tensor]]:
         """Yield all rows in ascending id, rows_per_chunk at a time; training waits at most for one chunk to be copied."""

@@ -203,7 +203,7 @@ class HashTable:
         protection = self.store.snapshot
         if protection is None:
             raise ValueError(f"table {self.name!r} has no snapshot under way: call TableSet.snapshot()")
-        ids, rows = transfer.changed_rows(self.store, self.number, since_step)
+        ids, rows = transfer.changed_rows(self.store, self.number, since_step, ordered=False)
         has_base = self.store.logs[self.number].started
         return TableSnapshot(
             name=self.name,

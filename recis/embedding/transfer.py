@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 _META = ("last_seen", "count", "last_seen_s")
 
 
-def changed_rows(store: "RowStore", table: int, since_step: int | None) -> tuple[Tensor, Tensor]:
-    """Return (ids, rows) of a table, ascending id; with since_step those touched later or written by hand since the base.
+def changed_rows(
+    store: "RowStore", table: int, since_step: int | None, *, ordered: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return (ids, rows) of a table; with since_step those touched later or written by hand since the base.
+
+    ordered: by ascending id; False: in no order.
 
     Raises:
         ValueError: since_step is given, and no base was marked that hand-made changes could be told from.
     """
-    ids, rows = store.index.export(table)
+    ids, rows = store.index.export(table, ordered=ordered)
     if since_step is None:
         return ids, rows
     _require_base(store, table)
