@@ -18,6 +18,7 @@ import torch
 from recis.bench.harness import at_threads, compare
 from recis_kernels.hash_index import HashIndex, find_or_insert
 from recis_kernels.philox import table_key
+from recis_kernels.row_allocator import RowAllocator, find_or_insert_rows
 from recis_kernels.row_blocks import RowBlocks, RowLayout
 from recis_kernels.row_init import InitKind, InitSpec, init_rows
 from recis_kernels.unique_ids import order_by_segment_and_id, unique_ids
@@ -193,6 +194,34 @@ def test_find_or_insert(benchmark, distribution, known):
             "numpy.unique": lambda: np.unique(ids.numpy(), return_inverse=True),
         },
         items=STEP_IDS,
+    )
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "zipf"])
+def test_find_or_insert_rows(benchmark, distribution):
+    """One step's distinct ids, half of them known, with rows numbered by an allocator; peer: de-duplicate alone."""
+    ids = unique_ids(picks(distribution, STEP_ROWS, STEP_IDS, seed=3) * 7919).ids
+    index, allocator = fresh_index(), RowAllocator(STEP_ROWS)
+    index.reserve(0, STEP_ROWS)
+    find_or_insert_rows(index, ids[::2], 0, allocator)
+
+    def ours() -> torch.Tensor:
+        rows, is_new = find_or_insert_rows(index, ids, 0, allocator)
+        allocator.release(index.erase(ids[is_new]))  # so that the next call meets the same index
+        return rows
+
+    assert ours()[::2].equal(index.find(ids[::2]))
+    assert ours().unique().numel() == ids.numel()
+    compare(
+        benchmark,
+        case=f"find_or_insert_rows {ids.numel()} distinct {distribution} ids, half known",
+        ours="numba",
+        impls={
+            "numba": ours,
+            "numba, 1 thread": at_threads(1, ours),
+            "torch.unique": lambda: torch.unique(ids, return_inverse=True),
+        },
+        items=ids.numel(),
     )
 
 

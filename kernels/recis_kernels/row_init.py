@@ -175,8 +175,8 @@ def _initial_values_op(
 
 @torch.library.custom_op("recis::admission_draws", mutates_args=())
 def _draws_op(ids: Tensor, keys: Tensor, tables: Tensor, stream: int, impl: str) -> Tensor:
-    versions = {"triton": row_init_triton.draws, "torch": _torch_draws, "reference": _torch_draws}
-    return choose(impl, ids, **versions)(ids, keys, tables, stream)  # type: ignore[arg-type]
+    versions = {"triton": row_init_triton.draws, "numba": _numba_draws, "torch": _torch_draws}
+    return choose(impl, ids, reference=_torch_draws, **versions)(ids, keys, tables, stream)  # type: ignore[arg-type]
 
 
 @_draws_op.register_fake
@@ -268,6 +268,13 @@ def _numba_values(ids: Tensor, dim: int, keys: Tensor, tables: Tensor, spec: Ini
     return out
 
 
+def _numba_draws(ids: Tensor, keys: Tensor, tables: Tensor, stream: int) -> Tensor:
+    out = torch.empty(ids.shape, dtype=torch.float32)
+    args = (out.numpy(), ids.numpy(), keys.numpy(), tables.numpy(), 0 if tables.numel() == 1 else 1, stream)
+    run_parts(lambda start, stop: _draws_loop(*args, start, stop), split(ids.numel()))
+    return out
+
+
 def _numba_init(
     blocks: RowBlocks, rows: Tensor, ids: Tensor, keys: Tensor, tables: Tensor, spec: InitSpec,
     state_values: Sequence[float], step: int, clock_s: int,
@@ -325,6 +332,13 @@ def _values_loop(out, ids, keys, tables, stride, kind, a, b, bound, scratch, sta
     dim, drawn_at, out_at = out.shape[1], np.int64(scratch.ctypes.data), np.int64(out.ctypes.data)
     for n in range(start, stop):
         _fill(out_at + 4 * n * dim, drawn_at, dim, keys[tables[n * stride]], ids[n], kind, a, b, bound)
+
+
+@njit
+def _draws_loop(out, ids, keys, tables, stride, stream, start, stop):
+    for n in range(start, stop):
+        word, _, _, _ = id_words(keys[tables[n * stride]], ids[n], 0, stream)
+        out[n] = np.float32(word >> np.uint64(8)) * np.float32(2.0**-24)
 
 
 @njit

@@ -204,6 +204,13 @@ def _angle_kernel(words_ptr, sine_ptr, cosine_ptr, num_words, BLOCK: tl.constexp
     tl.store(cosine_ptr + place, cosine, mask=place < num_words)
 
 
+def test_versions_draw_the_same_bits():
+    ids, tables = torch.cat((EXTREMES, torch.randint(-(2**63), 2**63 - 1, (300,)))), torch.arange(308) % 2
+    want = admission_draws(ids, KEYS, 2**30 + 9, tables=tables, impl="torch")
+    for impl in ("numba", "triton"):
+        assert admission_draws(ids, KEYS, 2**30 + 9, tables=tables, impl=impl).equal(want)
+
+
 def test_ops_are_nodes_of_torch_compile():
     ids, rows = torch.arange(6), torch.tensor([3, 1, -1, 0, 7, 2])
     tables = torch.zeros(1, dtype=torch.int32)
@@ -233,7 +240,6 @@ def test_ops_are_nodes_of_torch_compile():
 
 @IMPLS
 def test_admission_draws(impl):
-    impl = "torch" if impl == "numba" else impl
     first = admission_draws(torch.tensor([42, 43, 44, 45, -1]), KEYS, 1, impl=impl)
     want = torch.tensor([0.4825765, 0.7505842, 0.1079583, 0.6348057, 0.3257963], dtype=torch.float64)
     torch.testing.assert_close(first.double(), want, rtol=0, atol=5e-8)  # seven decimals are given
