@@ -51,8 +51,9 @@ def mirror_launches(device: torch.device) -> None:
     """Let launches on CPU tensors run on `device`; before or after the ops were imported."""
     from recis_kernels import dispatch, host_memory
 
-    _replace("launch", dispatch.launch, mirrored(dispatch.launch, device))
-    _replace("zeroed_bytes", host_memory.zeroed_bytes, _pinned_zeroed_bytes(host_memory.zeroed_bytes))
+    pinned: list[tuple[int, int]] = []  # torch keeps pinned memory for later use, so a range stays pinned
+    _replace("launch", dispatch.launch, mirrored(dispatch.launch, device, pinned))
+    _replace("zeroed_bytes", host_memory.zeroed_bytes, _pinned_zeroed_bytes(host_memory.zeroed_bytes, pinned))
 
 
 def _replace(name: str, old: Any, new: Any) -> None:
@@ -62,8 +63,10 @@ def _replace(name: str, old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
-def mirrored(launch: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    """Return a launch that runs on `device` what `launch` would be given on the CPU."""
+def mirrored(
+    launch: Callable[..., None], device: torch.device, pinned: Sequence[tuple[int, int]] = ()
+) -> Callable[..., None]:
+    """Return a launch that runs on `device` what `launch` would be given on the CPU; pinned as in Copies."""
 
     def launch_there(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -71,7 +74,7 @@ def mirrored(launch: Callable[..., None], device: torch.device) -> Callable[...,
             launch(kernel, grid, *args, **options)
             return
         with torch.no_grad():
-            copies = Copies(device)
+            copies = Copies(device, pinned)
             placed = [copies.of(arg) if isinstance(arg, Tensor) else arg for arg in args]
             if device.type == "cuda":  # pinned tensors stay where they are, so the devices of the arguments differ
                 with torch.cuda.device(device):
@@ -84,12 +87,17 @@ def mirrored(launch: Callable[..., None], device: torch.device) -> Callable[...,
 
 
 class Copies:
-    """Copies of CPU storages on a device, each storage once."""
+    """Copies of CPU storages on a device, each storage once.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        pinned: address ranges that the device reads as they are.
+    """
+
+    def __init__(self, device: torch.device, pinned: Sequence[tuple[int, int]] = ()) -> None:
         self.device = device
+        self.pinned = pinned
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._translated: set[int] = set()
+        self._addresses: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return what stands for a CPU tensor on the device; a pinned one stands for itself."""
@@ -103,10 +111,11 @@ class Copies:
         return view
 
     def bring_back(self) -> None:
-        """Write what the kernel left in the copies back to the CPU; tables of addresses keep theirs."""
-        for start, (here, there) in self._copies.items():
-            if start not in self._translated:
-                here.copy_(there)
+        """Write what the kernel left in the copies back to the CPU; addresses become again what they were."""
+        for here, there in self._copies.values():
+            here.copy_(there)
+        for tensor, translated, addresses in self._addresses.values():
+            tensor[translated] = addresses
 
     def _reaches(self, tensor: Tensor) -> bool:
         """Return whether the device reads this CPU memory at its own address."""
@@ -123,14 +132,19 @@ class Copies:
     def _translate(self, tensor: Tensor, view: Tensor) -> None:
         """Replace addresses of live CPU tensors in `view`, the copy of `tensor`, by those of their copies."""
         start = tensor.untyped_storage().data_ptr()
-        if start in self._translated:
+        if start in self._addresses:
             return
         suspects = tensor[(tensor >= _LOWEST) & (tensor < _HIGHEST)].unique().tolist()
+        suspects = [address for address in suspects if not any(low <= address < high for low, high in self.pinned)]
+        translated = torch.zeros_like(tensor, dtype=torch.bool)
         for address, owner in _owners(suspects).items():
             if not self._reaches(owner):
                 shift = self._storage(owner).data_ptr() - owner.untyped_storage().data_ptr()
-                view[(tensor == address).to(self.device)] = address + shift
-                self._translated.add(start)
+                found = tensor == address
+                view[found.to(self.device)] = address + shift
+                translated |= found
+        if translated.any():
+            self._addresses[start] = (tensor, translated, tensor[translated])
 
 
 def _owners(addresses: Sequence[int]) -> dict[int, Tensor]:
@@ -138,21 +152,24 @@ def _owners(addresses: Sequence[int]) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     if not addresses:
         return found
-    for item in gc.get_objects():
-        if type(item) in (Tensor, torch.nn.Parameter) and item.device.type == "cpu" and item.layout == torch.strided:
+    kinds = (Tensor, torch.nn.Parameter)
+    for item in [item for item in gc.get_objects() if type(item) in kinds]:  # a million objects: no work in the loop
+        if item.device.type == "cpu" and item.layout == torch.strided:
             storage = item.untyped_storage()
             start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
             found.update({address: item.detach() for address in addresses if start <= address < stop})
     return found
 
 
-def _pinned_zeroed_bytes(zeroed_bytes: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _pinned_zeroed_bytes(zeroed_bytes: Callable[..., Tensor], ranges: list[tuple[int, int]]) -> Callable[..., Tensor]:
+    """Return a zeroed_bytes that pins what it gives and notes where it lies."""
     from recis_kernels.host_memory import ALIGNMENT
 
     def pinned(num_bytes: int, device: torch.device | str = "cpu") -> Tensor:
         if torch.device(device).type != "cpu":
             return zeroed_bytes(num_bytes, device)
         buffer = torch.zeros(num_bytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+        ranges.append((buffer.data_ptr(), buffer.data_ptr() + buffer.numel()))
         return buffer[-buffer.data_ptr() % ALIGNMENT :][:num_bytes]
 
     return pinned

@@ -72,6 +72,25 @@ def test_addresses_are_those_of_the_copies(launch_there):
     assert not (given[0][0] == addresses).any()
 
 
+def test_a_table_of_addresses_and_counts_comes_back(launch_there):
+    """As a hash index's: the count beside the address is what the kernel wrote, the address what it was."""
+    launch, _ = launch_there
+    block = torch.tensor([10.0, 11.0])
+    table, out = torch.tensor([block.data_ptr(), 7]), torch.empty(1)
+    launch(_by_address_kernel, (1,), table, out)
+    launch(_add_one_kernel, (1,), table[1:], table[1:], 1, BLOCK=1)
+    assert table.tolist() == [block.data_ptr(), 8]
+    assert out.tolist() == [11.0]
+
+
+def test_pinned_addresses_stay():
+    block = torch.ones(4)
+    table = torch.tensor([block.data_ptr()])
+    pinned = [(block.data_ptr(), block.data_ptr() + 16)]
+    assert Copies(CPU, pinned).of(table).equal(table)
+    assert not Copies(CPU).of(table).equal(table)
+
+
 def test_ids_are_no_addresses():
     ids = torch.tensor([1 << 46, -1, (1 << 47) - 1, 2**63 - 1])
     assert Copies(CPU).of(ids).equal(ids)
