@@ -154,7 +154,9 @@ def gradients_in_blocks(
     upstream = torch.where(labels == INVALID, torch.nan, upstream)
     (num_tokens, width), vocab = hidden.shape, head.weight.shape[0]
     d_hidden = hidden.new_empty((num_tokens, width) if wants[0] else 0)
-    d_weight = hidden.new_zeros((vocab, width) if wants[1] else 0)
+    d_weight = hidden.new_empty((vocab, width) if wants[1] else 0)
+    if num_tokens == 0:
+        d_weight.zero_()
     d_bias = hidden.new_zeros(vocab if wants[2] else 0, dtype=torch.float32)
     for block, logits in _blocks(hidden, head.weight, rounded=wants[1] and hidden.dtype != torch.float32):
         rows = rows_of(logits, labels[block], head, None if lse is None else lse[block])
@@ -166,7 +168,8 @@ def gradients_in_blocks(
         if wants[0]:
             _grad_hidden_into(d_hidden[block], grad, head.weight)
         if wants[1]:
-            _add_grad_weight(d_weight, grad, hidden[block])
+            _grad_weight_into(d_weight, grad, hidden[block], adds=block.start > 0)
+        del rows, grad  # or the next block's would be made beside them
     return Gradients(d_hidden, d_weight, d_bias.to(hidden.dtype))
 
 
@@ -223,10 +226,14 @@ def _grad_hidden_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
     out.copy_(total)
 
 
-def _add_grad_weight(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
+def _grad_weight_into(out: Tensor, grad: Tensor, hidden: Tensor, *, adds: bool) -> None:
     if _is_wide(out):
-        out.addmm_(grad.t(), hidden)
+        if adds:
+            out.addmm_(grad.t(), hidden)
+        else:
+            torch.mm(grad.t(), hidden, out=out)
         return
     wide = hidden.float()
     for rows in _slices(out.shape[0]):
-        out[rows] = torch.addmm(out[rows].float(), grad[:, rows].t(), wide)
+        part = torch.mm(grad[:, rows].t(), wide)
+        out[rows] = part.add_(out[rows]) if adds else part
