@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recis_kernels import jagged_triton
 from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.jagged_copy import bags_to_padded, padded_to_bags, running_sums
 from recis_kernels.jagged_triton import words
 from recis_kernels.threads import run_parts, split
 
@@ -24,11 +25,9 @@ from recis_kernels.threads import run_parts, split
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """Return the running sums [B + 1] of lengths [B], from 0, in the dtype of lengths."""
     _check_index(lengths, "lengths")
-    if _on_host(lengths):
-        offsets = lengths.new_empty(lengths.numel() + 1)
-        target = offsets.numpy()
-        target[0] = 0
-        np.cumsum(lengths.numpy(), out=target[1:])
+    if on_host(lengths):
+        offsets = lengths.new_empty(lengths.shape[0] + 1)
+        running_sums(lengths.numpy(), offsets.numpy())
         return offsets
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
@@ -57,7 +56,7 @@ def merge_offsets(parts: Sequence[Tensor]) -> Tensor:
         check_offsets_form(part)
     if len(parts) == 1:
         return parts[0]
-    if all(_on_host(part) for part in parts):
+    if all(on_host(part) for part in parts):
         return _merge_on_host(parts)
     return lengths_to_offsets(torch.cat([part.diff() for part in parts]))
 
@@ -142,7 +141,7 @@ def as_words(tensor: Tensor) -> np.ndarray:
     return words(tensor).numpy().reshape(-1)
 
 
-def _on_host(tensor: Tensor) -> bool:
+def on_host(tensor: Tensor) -> bool:
     """Whether numpy may do the work: one thread is faster than waking OpenMP's for a batch's worth of offsets."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -284,27 +283,37 @@ def _flat_triton(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
     return out
 
 
-# ---- numba: copies of words, so one loop serves every dtype
+# ---- numba (the loops of copies are in jagged_copy.py)
+
+_BYTES_PER_THREAD = 1 << 20  # one thread nearly fills the memory's bandwidth: a second is worth waking for much only
+
+
+def bag_parts(num_bags: int, num_bytes: int) -> list[tuple[int, int]]:
+    """Return the shares of the bags that threads copy, when all of them together hold num_bytes."""
+    return split(num_bags, min_items=max(1, _BYTES_PER_THREAD * num_bags // max(1, num_bytes)))
 
 
 def _bags_numba(offsets: Tensor, num_values: int) -> Tensor:
     out = torch.empty(num_values, dtype=torch.int64)
     ends, target = offsets.numpy(), out.numpy()
-    parts = split(offsets.numel() - 1, min_items=_bags_per_thread(offsets, num_values))
+    parts = bag_parts(offsets.shape[0] - 1, 8 * num_values)
     run_parts(lambda start, stop: _fill_bags(ends, target, start, stop), parts)
     return out
 
 
 def _padded_numba(values: Tensor, offsets: Tensor, max_length: int, fill: float) -> Tensor:
-    num_bags = offsets.numel() - 1
+    num_bags = offsets.shape[0] - 1
     out = values.new_empty((num_bags, max_length, *values.shape[1:]))
     if out.numel() == 0:
         return out
-    width = out.numel() // (num_bags * max_length)
-    flat, rows, ends = as_words(values), as_words(out).reshape(num_bags, -1), offsets.numpy()
-    rest = as_words(torch.tensor([fill]).to(values.dtype))[0]
-    parts = split(num_bags, min_items=max(1, 65536 // rows.shape[1]))
-    run_parts(lambda start, stop: _to_padded(flat, rows, ends, width, rest, start, stop), parts)
+    values = values.contiguous()  # kept by this name while the loops read it by address
+    size, ends = out.element_size(), offsets.numpy()
+    row_bytes = out.numel() // (num_bags * max_length) * size
+    pattern = np.uint64(0)
+    if fill != 0:
+        pattern = words(torch.full((8 // size,), fill).to(values.dtype)).view(torch.uint8).numpy().view(np.uint64)[0]
+    arguments = values.data_ptr(), out.data_ptr(), ends, row_bytes, max_length, pattern
+    run_parts(lambda start, stop: bags_to_padded(*arguments, start, stop), bag_parts(num_bags, out.numel() * size))
     return out
 
 
@@ -312,17 +321,12 @@ def _flat_numba(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
     out = padded.new_empty((num_values, *padded.shape[2:]))
     if out.numel() == 0:
         return out
-    num_bags = padded.shape[0]
-    width = out.numel() // num_values
-    flat, rows, ends = as_words(out), as_words(padded).reshape(num_bags, padded.shape[1] * width), offsets.numpy()
-    parts = split(num_bags, min_items=_bags_per_thread(offsets, out.numel()))
-    run_parts(lambda start, stop: _to_flat(flat, rows, ends, width, start, stop), parts)
+    padded = padded.contiguous()
+    row_bytes = out.numel() // num_values * out.element_size()
+    arguments = padded.data_ptr(), out.data_ptr(), offsets.numpy(), row_bytes, padded.shape[1]
+    parts = bag_parts(padded.shape[0], num_values * row_bytes)
+    run_parts(lambda start, stop: padded_to_bags(*arguments, start, stop), parts)
     return out
-
-
-def _bags_per_thread(offsets: Tensor, num_values: int) -> int:
-    """Return how many bags hold the 65536 values that are worth waking a thread."""
-    return max(1, 65536 * (offsets.numel() - 1) // max(1, num_values))
 
 
 @njit
@@ -330,27 +334,3 @@ def _fill_bags(ends, target, start, stop):
     for bag in range(start, stop):
         for place in range(ends[bag], ends[bag + 1]):
             target[place] = bag
-
-
-@njit
-def _to_padded(flat, rows, ends, width, rest, start, stop):
-    limit = rows.shape[1]
-    for bag in range(start, stop):
-        first = np.int64(ends[bag]) * width
-        size = min(np.int64(ends[bag + 1]) * width - first, limit)
-        for i in range(size):
-            rows[bag, i] = flat[first + i]
-        for i in range(size, limit):
-            rows[bag, i] = rest
-
-
-@njit
-def _to_flat(flat, rows, ends, width, start, stop):
-    limit = rows.shape[1]
-    for bag in range(start, stop):
-        first, last = np.int64(ends[bag]) * width, np.int64(ends[bag + 1]) * width
-        size = min(last - first, limit)
-        for i in range(size):
-            flat[first + i] = rows[bag, i]
-        for i in range(first + size, last):
-            flat[i] = 0

@@ -11,14 +11,14 @@ per value; on a GPU one launch per op (two for concat and split).
 
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from recis_kernels import jagged_triton
-from recis_kernels.dispatch import Impl, choose, njit
-from recis_kernels.jagged import as_words, check_offsets_form, is_traced, lengths_to_offsets
-from recis_kernels.threads import run_parts, split
+from recis_kernels.dispatch import Impl, choose
+from recis_kernels.jagged import bag_parts, check_offsets_form, is_traced, lengths_to_offsets, on_host
+from recis_kernels.jagged_copy import reorder_offsets, runs_from_packed, runs_to_packed
+from recis_kernels.threads import run_parts
 
 
 def gather_runs(values: Tensor, starts: Tensor, offsets: Tensor, num_taken: int, *, impl: Impl = "auto") -> Tensor:
@@ -50,10 +50,20 @@ def permute_bags(values: Tensor, offsets: Tensor, order: Tensor, *, impl: Impl =
     """Return (values [L, ...], offsets [B + 1]) with bag b = the old bag order[b]; order [B] is a permutation, int64.
 
     Differentiable in values.
+
+    Raises:
+        ValueError: order is not int64 [B] or (seen on the CPU only) no permutation, or offsets are malformed.
     """
     check_offsets_form(offsets)
-    new_offsets = lengths_to_offsets(offsets.diff().index_select(0, order))
-    starts = offsets[:-1].index_select(0, order).to(torch.int64)
+    if order.dtype != torch.int64 or order.shape != (offsets.shape[0] - 1,):
+        raise ValueError(f"order must be int64 [{offsets.shape[0] - 1}]; got {tuple(order.shape)} {order.dtype}")
+    if on_host(offsets):
+        new_offsets, starts = torch.empty_like(offsets), torch.empty(order.shape, dtype=torch.int64)
+        if not reorder_offsets(offsets.numpy(), order.numpy(), new_offsets.numpy(), starts.numpy()):
+            raise ValueError(f"order must hold each of 0 to {order.shape[0] - 1} once; got {order.tolist()[:8]}")
+    else:
+        new_offsets = lengths_to_offsets(offsets.diff().index_select(0, order))
+        starts = offsets[:-1].index_select(0, order).to(torch.int64)
     return gather_runs(values, starts, new_offsets, values.shape[0], impl=impl), new_offsets
 
 
@@ -261,24 +271,8 @@ def _scatter_reference(packed: Tensor, starts: Tensor, offsets: Tensor, num_rows
 def _copy_numba(packed: Tensor, other: Tensor, starts: Tensor, offsets: Tensor, *, to_packed: bool) -> None:
     if packed.numel() == 0:
         return
-    width, num_runs = packed.numel() // packed.shape[0], starts.numel()
-    dense, apart, firsts, ends = as_words(packed), as_words(other), starts.numpy(), offsets.numpy()
-    loop = _to_packed if to_packed else _from_packed
-    parts = split(num_runs, min_items=max(1, 65536 * num_runs // packed.numel()))
-    run_parts(lambda start, stop: loop(dense, apart, firsts, ends, width, start, stop), parts)
-
-
-@njit
-def _to_packed(packed, other, firsts, ends, width, start, stop):
-    for run in range(start, stop):
-        at, first = np.int64(ends[run]) * width, firsts[run] * width
-        for i in range(np.int64(ends[run + 1]) * width - at):
-            packed[at + i] = other[first + i]
-
-
-@njit
-def _from_packed(packed, other, firsts, ends, width, start, stop):
-    for run in range(start, stop):
-        at, first = np.int64(ends[run]) * width, firsts[run] * width
-        for i in range(np.int64(ends[run + 1]) * width - at):
-            other[first + i] = packed[at + i]
+    num_bytes = packed.numel() * packed.element_size()
+    row_bytes = num_bytes // packed.shape[0]
+    arguments = packed.data_ptr(), other.data_ptr(), starts.numpy(), offsets.numpy(), row_bytes
+    loop = runs_to_packed if to_packed else runs_from_packed
+    run_parts(lambda start, stop: loop(*arguments, start, stop), bag_parts(starts.shape[0], num_bytes))

@@ -6,20 +6,20 @@
 An empty bag gives zeros and gets no gradient. Of equal maxima the first takes the gradient. Sums are in fp32 (fp64 for
 fp64 values) by a left fold in row order, so results do not depend on the number of threads; results have values.dtype.
 Every row is read once per pass (softmax reads three times): the cost is memory traffic. What offsets holds is trusted.
-The Triton versions are in segment_triton.py.
+The CPU's loops are in segment_loops.py, the Triton versions in segment_triton.py.
 """
 
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from recis_kernels import segment_triton
-from recis_kernels.dispatch import Impl, choose, njit
+from recis_kernels.dispatch import Impl, choose
 from recis_kernels.jagged import as_words, bag_of_value, is_traced
+from recis_kernels.segment_loops import max_loop, place_loop, softmax_grad_loop, softmax_loop, spread_loop, sum_loop
 from recis_kernels.threads import run_parts, split
 
 
@@ -264,9 +264,9 @@ _softmax_op.register_autograd(_softmax_backward, setup_context=_softmax_setup)
 
 def _sum_numba(values: Tensor, offsets: Tensor) -> Tensor:
     wide = _wide(values).contiguous()
-    out = torch.zeros(offsets.numel() - 1, values.shape[1], dtype=wide.dtype)
+    out = wide.new_empty(offsets.numel() - 1, values.shape[1])
     source, ends, target = wide.numpy(), offsets.numpy(), out.numpy()
-    run_parts(lambda start, stop: _sum_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
+    run_parts(lambda start, stop: sum_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
     return out.to(values.dtype)
 
 
@@ -274,7 +274,7 @@ def _spread_numba(bags: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     out = bags.new_empty(num_rows, bags.shape[1])
     source, ends = as_words(bags).reshape(bags.shape), offsets.numpy()
     target = as_words(out).reshape(out.shape)
-    run_parts(lambda start, stop: _spread_loop(source, ends, target, start, stop), _bag_parts(out, offsets))
+    run_parts(lambda start, stop: spread_loop(source, ends, target, start, stop), _bag_parts(out, offsets))
     return out
 
 
@@ -283,13 +283,13 @@ def _max_numba(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     shape = offsets.numel() - 1, values.shape[1]
     out, rows = wide.new_empty(shape), offsets.new_empty(shape)
     arrays = wide.numpy(), offsets.numpy(), out.numpy(), rows.numpy()
-    run_parts(lambda start, stop: _max_loop(*arrays, start, stop), _bag_parts(values, offsets))
+    run_parts(lambda start, stop: max_loop(*arrays, start, stop), _bag_parts(values, offsets))
     return out.to(values.dtype), rows
 
 
 def _place_numba(bags: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     out = bags.new_zeros(num_rows, bags.shape[1])
-    _place_loop(as_words(bags).reshape(bags.shape), rows.contiguous().numpy(), as_words(out).reshape(out.shape))
+    place_loop(as_words(bags).reshape(bags.shape), rows.contiguous().numpy(), as_words(out).reshape(out.shape))
     return out
 
 
@@ -297,7 +297,7 @@ def _softmax_numba(values: Tensor, offsets: Tensor) -> Tensor:
     wide = _wide(values).contiguous()
     out = torch.empty_like(wide)
     source, ends, target = wide.numpy(), offsets.numpy(), out.numpy()
-    run_parts(lambda start, stop: _softmax_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
+    run_parts(lambda start, stop: softmax_loop(source, ends, target, start, stop), _bag_parts(values, offsets))
     return out.to(values.dtype)
 
 
@@ -305,98 +305,10 @@ def _softmax_grad_numba(softmax: Tensor, grad: Tensor, offsets: Tensor) -> Tenso
     wide, wide_grad = _wide(softmax).contiguous(), _wide(grad).contiguous()
     out = torch.empty_like(wide)
     arrays = wide.numpy(), wide_grad.numpy(), offsets.numpy(), out.numpy()
-    run_parts(lambda start, stop: _softmax_grad_loop(*arrays, start, stop), _bag_parts(softmax, offsets))
+    run_parts(lambda start, stop: softmax_grad_loop(*arrays, start, stop), _bag_parts(softmax, offsets))
     return out.to(softmax.dtype)
 
 
 def _bag_parts(values: Tensor, offsets: Tensor) -> list[tuple[int, int]]:
     num_bags = offsets.numel() - 1
     return split(num_bags, min_items=max(1, 32768 * num_bags // max(1, values.numel())))
-
-
-@njit
-def _sum_loop(source, ends, target, start, stop):
-    dim = source.shape[1]
-    if dim == 1:
-        for bag in range(start, stop):
-            total = target[bag, 0]
-            for row in range(ends[bag], ends[bag + 1]):
-                total += source[row, 0]
-            target[bag, 0] = total
-        return
-    for bag in range(start, stop):
-        for row in range(ends[bag], ends[bag + 1]):
-            for column in range(dim):
-                target[bag, column] += source[row, column]
-
-
-@njit
-def _spread_loop(source, ends, target, start, stop):
-    for bag in range(start, stop):
-        for row in range(ends[bag], ends[bag + 1]):
-            for column in range(source.shape[1]):
-                target[row, column] = source[bag, column]
-
-
-@njit
-def _place_loop(source, rows, target):
-    for bag in range(source.shape[0]):
-        for column in range(source.shape[1]):
-            if rows[bag, column] < target.shape[0]:
-                target[rows[bag, column], column] = source[bag, column]
-
-
-# rows outside, columns inside: memory is read in its order, and a small buffer holds what each column has so far
-
-
-@njit
-def _max_loop(source, ends, tops, rows, start, stop):
-    dim = source.shape[1]
-    for bag in range(start, stop):
-        first, last = ends[bag], ends[bag + 1]
-        for column in range(dim):
-            tops[bag, column] = source[first, column] if first < last else 0
-            rows[bag, column] = first if first < last else source.shape[0]
-        for row in range(first + 1, last):
-            for column in range(dim):
-                value, top = source[row, column], tops[bag, column]
-                if value > top or (value != value and top == top):
-                    tops[bag, column] = value
-                    rows[bag, column] = row
-
-
-@njit
-def _softmax_loop(source, ends, target, start, stop):
-    dim = source.shape[1]
-    tops, totals = np.empty(dim, dtype=source.dtype), np.empty(dim, dtype=source.dtype)
-    for bag in range(start, stop):
-        first, last = ends[bag], ends[bag + 1]
-        tops[:] = -np.inf
-        totals[:] = 0
-        for row in range(first, last):
-            for column in range(dim):
-                tops[column] = max(tops[column], source[row, column])
-        for row in range(first, last):
-            for column in range(dim):
-                power = np.exp(source[row, column] - tops[column])
-                target[row, column] = power
-                totals[column] += power
-        for row in range(first, last):
-            for column in range(dim):
-                target[row, column] /= totals[column]
-
-
-@njit
-def _softmax_grad_loop(softmax, grad, ends, target, start, stop):
-    """d v = y * (g - sum over the bag of y * g)."""
-    dim = softmax.shape[1]
-    dots = np.empty(dim, dtype=softmax.dtype)
-    for bag in range(start, stop):
-        first, last = ends[bag], ends[bag + 1]
-        dots[:] = 0
-        for row in range(first, last):
-            for column in range(dim):
-                dots[column] += softmax[row, column] * grad[row, column]
-        for row in range(first, last):
-            for column in range(dim):
-                target[row, column] = softmax[row, column] * (grad[row, column] - dots[column])

@@ -134,6 +134,11 @@ def test_wrong_arguments_are_refused():
     values, offsets = torch.zeros(2), torch.tensor([0, 2])
     with pytest.raises(ValueError, match=r"starts must be int64 \[1\]"):
         gather_runs(values, torch.tensor([0, 1]), offsets, 2)
+    with pytest.raises(ValueError, match=r"order must be int64 \[1\]"):
+        permute_bags(values, offsets, torch.tensor([0, 0]))
+    for order in ([0, 2], [-1, 0], [1, 1]):
+        with pytest.raises(ValueError, match="each of 0 to 1 once"):
+            permute_bags(values, torch.tensor([0, 0, 2]), torch.tensor(order))
     with pytest.raises(ValueError, match="the same bags"):
         concat_bags(values, offsets, values, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="one shape and dtype"):
