@@ -55,7 +55,7 @@ class Rebound:
         self.slots = [part if part.data_ptr() % ALIGNMENT == 0 else _aligned_copy(part) for part in slots]
         self.table = table.clone()
         addresses = torch.tensor([part.data_ptr() for part in self.slots], dtype=torch.int64)
-        self.table[:, probe.ADDRESS] = addresses.to(table.device)
+        self.table[:, probe.ADDRESS] = addresses.to(table.device, non_blocking=True)
 
     def write_back(self) -> None:
         table, slots = self._given

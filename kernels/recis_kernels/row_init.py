@@ -99,7 +99,7 @@ def init_rows(
         blocks: the store; every row must lie below its capacity (trusted, as rows and tables are).
         rows: int64 [N], distinct; -1 = write nothing for this id.
         ids: int64 [N].
-        keys: int64 [T], `table_key` of each table.
+        keys: int64 [T], `table_key` of each table; best on the device of the rows, else copied there at each call.
         spec: the initializer, one per store.
         tables: int32 or int64 [N], index of each id's table in keys; None = all of keys[0].
         state_values: initial value of each state vector, in layout order; () = zeros.

@@ -29,7 +29,7 @@ def init_rows(
 ) -> None:  # fmt: skip
     """Do row_init.init_rows: one launch for weights and metadata, one for each state vector; no host sync."""
     layout, num_rows = blocks.layout, rows.numel()
-    pointers, keys = blocks.device_pointers, keys.to(rows.device)
+    pointers, keys = blocks.device_pointers, keys.to(rows.device, non_blocking=True)
     store = (blocks.shift, layout.row_bytes)
     kind, *numbers = spec.loop_args()
     grid, tile = _tiles(num_rows, layout.dim)
@@ -56,7 +56,7 @@ def initial_values(ids: Tensor, dim: int, keys: Tensor, tables: Tensor, spec: In
     kind, *numbers = spec.loop_args()
     grid, tile = _tiles(ids.numel(), dim)
     stride = 0 if tables.numel() == 1 else 1
-    args = (ids, keys.to(ids.device), tables, out, ids.numel(), stride, dim, *numbers)
+    args = (ids, keys.to(ids.device, non_blocking=True), tables, out, ids.numel(), stride, dim, *numbers)
     launch(_initial_values_kernel, grid, *args, KIND=kind, **tile)
     return out
 
@@ -64,7 +64,15 @@ def initial_values(ids: Tensor, dim: int, keys: Tensor, tables: Tensor, spec: In
 def draws(ids: Tensor, keys: Tensor, tables: Tensor, stream: int) -> Tensor:
     """Return the first word of each id in a stream as a number of [0, 1), float32 [N]."""
     out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    args = (ids, keys.to(ids.device), tables, out, ids.numel(), 0 if tables.numel() == 1 else 1, stream)
+    args = (
+        ids,
+        keys.to(ids.device, non_blocking=True),
+        tables,
+        out,
+        ids.numel(),
+        0 if tables.numel() == 1 else 1,
+        stream,
+    )
     launch(_draws_kernel, (-(-ids.numel() // 256),), *args, BLOCK=256)
     return out
 
