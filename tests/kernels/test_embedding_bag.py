@@ -237,6 +237,22 @@ def test_compiled_functions_give_equal_results(impl):
     assert torch.equal(results[0][1], results[1][1])
 
 
+class Pooled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, _ = filled_blocks(20, 6)
+
+    def forward(self, rows, inverse, offsets):
+        return embedding_bag(self.blocks, rows, inverse, offsets)
+
+
+def test_an_exported_module_holds_the_op():
+    module, args = Pooled(), (torch.arange(9), torch.randint(-1, 9, (7,)), torch.tensor([0, 3, 7]))
+    program = torch.export.export(module, args)
+    assert "recis.embedding_bag.default" in [str(node.target) for node in program.graph.nodes]
+    assert torch.equal(program.module()(*args), module(*args))
+
+
 @pytest.mark.parametrize("impl", ["numba", "triton"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("dim", [1, 15, 64, 100], ids="D{}".format)

@@ -1,12 +1,24 @@
 """Row updates against float64 equations and torch.optim: all rules, dims, dtypes; metadata; rows that must not change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recis_kernels import checks, grad_lists_triton
+from recis_kernels.bag_factors import bag_factors
+from recis_kernels.embedding_bag import embedding_bag
 from recis_kernels.philox import table_key
 from recis_kernels.row_blocks import RowBlocks, RowLayout
-from recis_kernels.row_grads import PendingLookup, RowGrad, reduce_grads, reduce_lookups
+from recis_kernels.row_grads import (
+    PendingLookup,
+    RowGrad,
+    merge_lookups,
+    reduce_grads,
+    reduce_lookups,
+    row_square_sums,
+)
 from recis_kernels.row_rounding import round_stochastic
 from recis_kernels.row_rules import (
     ADAGRAD,
@@ -305,6 +317,42 @@ def test_a_compiled_update_writes_the_same_bytes(impl):
         stores.append(everything(blocks))
     assert torch.equal(*stores)
     assert not torch.equal(stores[0], everything(store_of(ADAM, 30, 6)))
+
+
+class Syncs(TorchDispatchMode):
+    """Records the calls that would make a GPU's host wait: reads of a value, shapes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in self.WAITING):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_step_path_waits_for_nothing(deterministic):
+    """Pooling, its factors, the norms, merging as on a GPU and the update; a boolean index would be seen as well."""
+    blocks, lookup = store_of(ADAM, 30, 6), random_lookup(30, 6, stride=5)
+    view, scale = lookup.views[0], torch.tensor(0.5)
+    with Syncs() as syncs:
+        weights = torch.ones(view.inverse.numel())
+        factors = bag_factors(view.offsets, weights, True, impl="triton")
+        embedding_bag(blocks, lookup.rows, view.inverse, view.offsets, factors, impl="triton")
+        first = replace(lookup, views=[replace(view, factors=factors)], scale=scale)
+        second = replace(lookup, views=[replace(view, micro_batch=1)], scale=scale)
+        merged = merge_lookups([first, second], impl="torch")
+        row_square_sums(merged, 6, impl="triton")
+        numbers = {"step": 1, "deterministic": deterministic, "impl": "triton"}
+        fused_update_flags(blocks, [merged], ADAM, scalars_of(ADAM), **numbers)
+    assert syncs.found == []
+    with Syncs() as syncs:
+        fused_update(blocks, [lookup], ADAM, scalars_of(ADAM), step=1, impl="triton")
+    assert syncs.found == ["aten.nonzero.default"]  # the one that fused_update names
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
