@@ -97,7 +97,7 @@ class Copies:
         self.device = device
         self.pinned = pinned
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._addresses: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._words: dict[tuple[int, int], Tensor] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return what stands for a CPU tensor on the device; a pinned one stands for itself."""
@@ -111,11 +111,14 @@ class Copies:
         return view
 
     def bring_back(self) -> None:
-        """Write what the kernel left in the copies back to the CPU; addresses become again what they were."""
+        """Write what the kernel left in the copies back to the CPU; addresses in copies become those of the originals."""
         for here, there in self._copies.values():
             here.copy_(there)
-        for tensor, translated, addresses in self._addresses.values():
-            tensor[translated] = addresses
+        for words in self._words.values():
+            for here, there in self._copies.values():
+                start = there.data_ptr()
+                inside = (words >= start) & (words < start + there.numel())
+                words[inside] += here.data_ptr() - start
 
     def _reaches(self, tensor: Tensor) -> bool:
         """Return whether the device reads this CPU memory at its own address."""
@@ -131,20 +134,15 @@ class Copies:
 
     def _translate(self, tensor: Tensor, view: Tensor) -> None:
         """Replace addresses of live CPU tensors in `view`, the copy of `tensor`, by those of their copies."""
-        start = tensor.untyped_storage().data_ptr()
-        if start in self._addresses:
+        if (tensor.data_ptr(), tensor.numel()) in self._words:
             return
+        self._words[tensor.data_ptr(), tensor.numel()] = tensor
         suspects = tensor[(tensor >= _LOWEST) & (tensor < _HIGHEST)].unique().tolist()
         suspects = [address for address in suspects if not any(low <= address < high for low, high in self.pinned)]
-        translated = torch.zeros_like(tensor, dtype=torch.bool)
         for address, owner in _owners(suspects).items():
             if not self._reaches(owner):
                 shift = self._storage(owner).data_ptr() - owner.untyped_storage().data_ptr()
-                found = tensor == address
-                view[found.to(self.device)] = address + shift
-                translated |= found
-        if translated.any():
-            self._addresses[start] = (tensor, translated, tensor[translated])
+                view[(tensor == address).to(self.device)] = address + shift
 
 
 def _owners(addresses: Sequence[int]) -> dict[int, Tensor]:

@@ -83,6 +83,22 @@ def test_a_table_of_addresses_and_counts_comes_back(launch_there):
     assert out.tolist() == [11.0]
 
 
+@jit
+def _place_kernel(addresses_ptr, places_ptr):
+    tl.store(places_ptr, tl.load(addresses_ptr) + 4)
+
+
+def test_addresses_that_a_kernel_writes_lead_to_the_originals(launch_there):
+    """As the places of a hash index: one kernel finds them, the next one uses them."""
+    launch, _ = launch_there
+    block, places, out = torch.tensor([10.0, 11.0, 12.0]), torch.zeros(1, dtype=torch.int64), torch.empty(1)
+    launch(_place_kernel, (1,), torch.tensor([block.data_ptr()]), places)
+    assert places.tolist() == [block.data_ptr() + 4]
+    launch(_by_address_kernel, (1,), places, out)
+    assert out.tolist() == [12.0]
+    assert block.tolist() == [10.0, -5.0, 12.0]
+
+
 def test_pinned_addresses_stay():
     block = torch.ones(4)
     table = torch.tensor([block.data_ptr()])
