@@ -6,7 +6,7 @@ Peers are what torch and numpy have. RecIS's CPU core is not installable; its re
 100 boundaries 259 ms, modulo of 10 M ids 49 ms, another machine of the same class) are quoted in `recorded_elsewhere`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -47,8 +47,8 @@ def strings_of(count: int) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
     return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8), lengths_to_offsets(lengths), texts
 
 
-def run(benchmark, case: str, impls: dict[str, Callable[[], object]], count: int, bytes_moved: int, **more) -> None:
-    impls = impls | {"numba, 1 thread": at_threads(1, impls["numba"])}
+def run(benchmark, case: str, impls: Mapping[str, Callable[[], object]], count: int, bytes_moved: int, **more) -> None:
+    impls = {**impls, "numba, 1 thread": at_threads(1, impls["numba"])}
     compare(benchmark, case=case, ours="numba", impls=impls, items=count, bytes_moved=bytes_moved, **more)
 
 
@@ -117,7 +117,7 @@ def test_hash_of_ids(benchmark, op, count):
     if op == "multi_hash":
         assert torch.equal(ours()[0][:, :1000], multi_hash(few, (0, 1000), hashes, impl="reference")[0])
     else:
-        assert torch.equal(ours()[:1000], hash_ids(few, (0, 1000), [op], [0], impl="reference"))
+        assert torch.equal(torch.as_tensor(ours())[:1000], hash_ids(few, (0, 1000), [op], [0], impl="reference"))
     run(benchmark, f"{op} of {count} ids", {"numba": ours}, count, (40 if op == "multi_hash" else 16) * count)
 
 
