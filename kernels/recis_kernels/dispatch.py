@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numba
@@ -27,7 +28,7 @@ try:
     import triton.language as tl
 except ImportError:  # the CPU core needs no triton; jit() leaves its kernels unmade and launch() names the way out
     triton = None
-    tl = None
+    tl = SimpleNamespace(constexpr=None)  # kernels are defined all the same, and name it in annotations
 
 Impl = Literal["auto", "triton", "numba", "torch", "reference"]
 

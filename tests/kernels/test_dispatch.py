@@ -49,3 +49,13 @@ def test_a_cached_loop_is_compiled_again_when_what_it_calls_changes(tmp_path):
         (package / "probe_inner.py").write_text(INNER.format(number=number))
         assert _run(tmp_path) == str(1 + number)
         assert _run(tmp_path) == str(1 + number)  # from the cache
+
+
+def test_every_module_imports_where_triton_is_absent():
+    code = (
+        "import importlib, pkgutil, sys\nsys.modules['triton'] = None\nimport recis_kernels\n"
+        "for info in pkgutil.iter_modules(recis_kernels.__path__):\n"
+        "    importlib.import_module('recis_kernels.' + info.name)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
