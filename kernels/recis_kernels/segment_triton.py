@@ -9,7 +9,7 @@ bag at the latency of its reads.
 import torch
 from torch import Tensor
 
-from recis_kernels.dispatch import jit, launch, tl
+from recis_kernels.dispatch import jit, launch, tl, triton
 from recis_kernels.jagged_triton import bag_of_place, tile, words
 
 _LANES = 512
@@ -90,7 +90,7 @@ def place_at_rows(bags: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return out
 
 
-_WIDE = {} if tl is None else {torch.float32: tl.float32, torch.float64: tl.float64}
+_WIDE = {} if triton is None else {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @jit
