@@ -37,18 +37,18 @@ from recis_kernels.sparse_update import fused_update, fused_update_flags, update
 
 BY_ROW = UpdateRule("adam", ("m", "v"), ADAM.scalars, row_steps=True)
 BY_ROW_TF = UpdateRule("adamw_tf", ("m", "v"), ADAM.scalars, row_steps=True)
-# two tables per rule, with numbers of their own
+# two tables per rule, with numbers of their own; a large eps shows where it stands
 SCALARS = {
     SGD: [[0.1, 0.0], [0.3, 0.02]],
     SGD_MOMENTUM: [[0.1, 0.01, 0.9], [0.2, 0.0, 0.5]],
-    ADAGRAD: [[0.1, 0.01, 1e-10], [0.2, 0.0, 1e-8]],
-    ROW_WISE_ADAGRAD: [[0.1, 0.01, 1e-8], [0.05, 0.0, 1e-8]],
-    ADAM: [[0.01, 0.9, 0.999, 1e-8, 0.01, 3.0], [0.02, 0.8, 0.99, 1e-6, 0.0, 7.0]],
-    ADAMW: [[0.01, 0.9, 0.999, 1e-8, 0.1, 3.0], [0.02, 0.8, 0.99, 1e-6, 0.0, 7.0]],
-    ADAMW_TF: [[0.01, 0.9, 0.999, 1e-3, 0.01, 3.0], [0.02, 0.8, 0.99, 1e-6, 0.0, 7.0]],
+    ADAGRAD: [[0.1, 0.01, 1e-10], [0.2, 0.0, 0.05]],
+    ROW_WISE_ADAGRAD: [[0.1, 0.01, 1e-8], [0.05, 0.0, 0.05]],
+    ADAM: [[0.01, 0.9, 0.999, 1e-8, 0.01, 3.0], [0.02, 0.8, 0.99, 0.05, 0.0, 7.0]],
+    ADAMW: [[0.01, 0.9, 0.999, 1e-8, 0.1, 3.0], [0.02, 0.8, 0.99, 0.05, 0.0, 7.0]],
+    ADAMW_TF: [[0.01, 0.9, 0.999, 1e-3, 0.01, 3.0], [0.02, 0.8, 0.99, 0.05, 0.0, 7.0]],
     FTRL: [[0.1, 1.0, 0.05, 0.1], [0.2, 0.5, 0.0, 0.0]],
-    BY_ROW: [[0.01, 0.9, 0.999, 1e-8, 0.0, 50.0], [0.02, 0.8, 0.99, 1e-6, 0.0, 50.0]],
-    BY_ROW_TF: [[0.01, 0.9, 0.999, 1e-8, 0.01, 50.0], [0.02, 0.8, 0.99, 1e-6, 0.0, 50.0]],
+    BY_ROW: [[0.01, 0.9, 0.999, 1e-8, 0.0, 50.0], [0.02, 0.8, 0.99, 0.05, 0.0, 50.0]],
+    BY_ROW_TF: [[0.01, 0.9, 0.999, 1e-8, 0.01, 50.0], [0.02, 0.8, 0.99, 0.05, 0.0, 50.0]],
 }
 NAMES = [f"{rule.name}{'_by_row' if rule.row_steps else ''}" for rule in SCALARS]
 KEYS = torch.tensor([table_key(7, "item"), table_key(7, "user")])
