@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels.calibration import current
 from recis_kernels.columns import (
     block_table,
     check_columns,
@@ -33,8 +34,6 @@ from recis_kernels.columns import (
     values_of_program,
 )
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
-
-_PER_PROGRAM = 1024
 
 _CELLS_PER_BOUNDARY = 16  # most cells then hold no boundary or one
 _MIN_CELLS, _MAX_CELLS = 64, 1 << 16  # the largest table still fits the second-level cache
@@ -154,9 +153,10 @@ def _triton(values: Tensor, column_offsets: Sequence[int], numbers: Sequence[Ten
     counts = [known.numel() for known in numbers]
     known = to_device(torch.cat([values.new_empty(0, device="cpu"), *numbers]), values.device)
     firsts = list(accumulate(counts, initial=0))[:-1]
-    table, programs = block_table(column_offsets, (firsts, counts), _PER_PROGRAM, values.device)
+    block = current().block_items
+    table, programs = block_table(column_offsets, (firsts, counts), block, values.device)
     arguments = values.contiguous(), known, table, out, len(counts)
-    launch(_bucketize_kernel, (programs,), *arguments, BLOCK=_PER_PROGRAM, num_warps=8)
+    launch(_bucketize_kernel, (programs,), *arguments, BLOCK=block, num_warps=8)
     return out
 
 

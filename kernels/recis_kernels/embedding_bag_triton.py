@@ -12,18 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recis_kernels.calibration import current
 from recis_kernels.dispatch import jit, launch, tl
 from recis_kernels.lanes_triton import fold_lanes
 from recis_kernels.row_blocks import RowBlocks
-from recis_kernels.row_blocks_triton import TILE, next_power_of_2, row_address
+from recis_kernels.row_blocks_triton import next_power_of_2, row_address
 
 _POSITIONS = 16  # of a bag at a time in factor_grads
 
 
 def tile_of(dim: int) -> tuple[int, int]:
     """Return (bags or positions, columns) of a program's tile."""
-    block_d = min(max(next_power_of_2(dim), 4), TILE)
-    return TILE // block_d, block_d
+    tile = current().gather_tile_items
+    block_d = min(max(next_power_of_2(dim), 4), tile)
+    return tile // block_d, block_d
 
 
 def gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:

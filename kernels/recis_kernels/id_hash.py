@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recis_kernels import byte_hash_triton as device
 from recis_kernels.byte_hash import farm_id, farm_one, murmur_id, murmur_one
+from recis_kernels.calibration import current
 from recis_kernels.columns import (
     block_table,
     check_columns,
@@ -310,7 +311,7 @@ def _murmur_ids(ids, out, buckets, start, stop):
 
 # ---- Triton: a program takes strings or ids of one column, so its kind and buckets are the same for every lane
 
-_STRINGS_PER_PROGRAM, _IDS_PER_PROGRAM = 128, 1024
+_STRINGS_PER_PROGRAM = 128
 
 
 def _strings_triton(data, offsets, column_offsets, kinds, codes) -> Tensor:
@@ -324,7 +325,7 @@ def _strings_triton(data, offsets, column_offsets, kinds, codes) -> Tensor:
 
 def _ids_triton(ids, column_offsets, kinds, codes) -> Tensor:
     out = torch.empty_like(ids, memory_format=torch.contiguous_format)
-    block = _IDS_PER_PROGRAM
+    block = current().block_items
     table, programs = block_table(column_offsets, (kinds, codes), block, ids.device)
     launch(_hash_ids_kernel, (programs,), ids.contiguous(), table, out, len(kinds), BLOCK=block, num_warps=8)
     return out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels.byte_hash_triton import to_bucket
+from recis_kernels.calibration import current
 from recis_kernels.columns import (
     block_table,
     check_columns,
@@ -20,8 +21,6 @@ from recis_kernels.columns import (
     values_of_program,
 )
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
-
-_PER_PROGRAM = 1024
 
 
 def id_mod(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int], *, impl: Impl = "auto") -> Tensor:
@@ -94,8 +93,9 @@ def _mod(source, target, modulus, start, stop):
 
 def _triton(ids: Tensor, column_offsets: Sequence[int], moduli: Sequence[int]) -> Tensor:
     out = torch.empty_like(ids, memory_format=torch.contiguous_format)
-    table, programs = block_table(column_offsets, (moduli,), _PER_PROGRAM, ids.device)
-    launch(_id_mod_kernel, (programs,), ids.contiguous(), table, out, len(moduli), BLOCK=_PER_PROGRAM, num_warps=8)
+    block = current().block_items
+    table, programs = block_table(column_offsets, (moduli,), block, ids.device)
+    launch(_id_mod_kernel, (programs,), ids.contiguous(), table, out, len(moduli), BLOCK=block, num_warps=8)
     return out
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels.calibration import current
 from recis_kernels.columns import (
     block_table,
     check_columns,
@@ -28,7 +29,6 @@ from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 
 MULTIPLIERS = (1, 3, 5, 7)
 _PRIME_FACTORS = (29, 47, 67, 83)
-_PER_PROGRAM = 1024
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # decide primality of every number below 2**64
 
 
@@ -166,8 +166,9 @@ def _triton(ids: Tensor, column_offsets: Sequence[int], outputs: Sequence[int], 
     for column, table in enumerate(_per_column(outputs, numbers)):
         rows[: table.size, column] = table.reshape(-1)
     parameters = (outputs, starts[:-1], *rows.tolist())
-    table, programs = block_table(column_offsets, parameters, _PER_PROGRAM, ids.device)
-    launch(_multi_hash_kernel, (programs,), ids.contiguous(), table, out, len(outputs), BLOCK=_PER_PROGRAM, num_warps=4)
+    block = current().block_items
+    table, programs = block_table(column_offsets, parameters, block, ids.device)
+    launch(_multi_hash_kernel, (programs,), ids.contiguous(), table, out, len(outputs), BLOCK=block, num_warps=4)
     return out
 
 

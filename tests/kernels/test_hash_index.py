@@ -222,8 +222,8 @@ def steps_of(impls: list[str], most: int = 8) -> st.SearchStrategy:
 def test_thousands_of_sequences_against_a_dict(seed, num_steps):
     """Sequences drawn from a seed: hypothesis would spend longer on drawing single steps than the index on taking them."""
     rng = np.random.default_rng(seed)
-    versions: list[Impl] = ["numba"] * 12 + ["reference"]
-    steps = [
+    versions: tuple[Impl, ...] = (*["numba"] * 12, "reference")  # pyright: ignore[reportAssignmentType]
+    steps: list[tuple[str, Impl, int, int]] = [
         (
             KINDS[rng.integers(len(KINDS))],
             versions[rng.integers(len(versions))],
