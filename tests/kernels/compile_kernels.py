@@ -63,21 +63,21 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")}  # type: ignore[index]
 
 
-def compile_all(arch: int, prefix: str = "test_") -> dict[str, list[dict[str, Any]]]:
+def compile_all(arch: int, prefix: str = "test_", most_forms: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Run every `launches()` with launching replaced by compiling; returns each kernel's distinct compiled forms."""
     triton.runtime.driver.set_active(TargetOnly(arch))  # type: ignore[arg-type]
     found: dict[str, list[dict[str, Any]]] = {}
     seen: set[str] = set()
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if most_forms is not None and len(found.get(name_of(kernel), ())) >= most_forms:
+            return
         compiled = kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **options)
         if compiled.hash in seen:
             return
         seen.add(compiled.hash)
         constants = {name: value for name, value in options.items() if isinstance(value, int | bool | str)}
-        found.setdefault(f"{kernel.fn.__module__}.{kernel.fn.__name__}", []).append(
-            constants | resource_usage(compiled.asm["cubin"])
-        )
+        found.setdefault(name_of(kernel), []).append(constants | resource_usage(compiled.asm["cubin"]))
 
     dispatch.launch = compile_only  # before the ops are imported: each binds the name
     for path in sorted(HERE.glob(f"{prefix}*.py")):
@@ -90,6 +90,11 @@ def compile_all(arch: int, prefix: str = "test_") -> dict[str, list[dict[str, An
         spec.loader.exec_module(module)
         module.launches()
     return found
+
+
+def name_of(kernel: Any) -> str:
+    """Return module and name of a kernel."""
+    return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
 
 
 def all_kernels() -> set[str]:
@@ -112,9 +117,10 @@ def main() -> int:
     parser.add_argument(
         "--only", default="test_", help="only test files whose name starts so; unreached kernels are then no error"
     )
+    parser.add_argument("--forms", type=int, help="compile at most so many forms of a kernel; all by default")
     parser.add_argument("--json", type=Path, help="write the table there")
     options = parser.parse_args()
-    found = compile_all(options.arch, options.only)
+    found = compile_all(options.arch, options.only, options.forms)
     for name, forms in sorted(found.items()):
         print(name)
         for form in forms:
