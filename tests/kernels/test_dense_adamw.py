@@ -95,6 +95,15 @@ def test_by_hand(impl):
         assert v.item() == pytest.approx(0.00025, abs=1e-9)
 
 
+@pytest.mark.parametrize("impl", ["triton", "numba"])
+def test_ties_of_bfloat16_weights_go_to_even(impl):
+    """With beta = eps = 0 a gradient of -1 adds lr = 2**-8: 1 and 1 + 2**-7 move to the middle of two bf16 numbers."""
+    w, g = torch.tensor([1.0, 1 + 2**-7], dtype=torch.bfloat16), -torch.ones(2, dtype=torch.bfloat16)
+    m, v = torch.zeros(2), torch.zeros(2)
+    dense_adamw([w], [g], [m], [v], ADAMW, scalars_of([2**-8, 0.0, 0.0, 0.0, 0.0, 1.0]), impl=impl)
+    assert w.tolist() == [1.0, 1 + 2 * 2**-7]
+
+
 def test_eps_stands_inside_or_outside_the_correction():
     """g = eps = 1e-8, first step, A36: AdamW halves its step, TensorFlow's form takes 1 / (1 + 1 / sqrt(.001)) of it."""
     for rule, want in ((ADAMW, 0.9995), (ADAMW_TF, 0.99996935)):

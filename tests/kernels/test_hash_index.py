@@ -285,6 +285,17 @@ def test_kernels_fill_full_groups_as_the_loops_do(ids):
         ]
 
 
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+@pytest.mark.parametrize("ids", [COLLIDING, LAST_GROUP], ids=["home0", "last"])
+def test_a_search_passes_every_group(ids, impl):
+    """28 ids of one home slot in 32 slots: one group is full, the other has the rest."""
+    index = new_index()
+    for part in (slice(0, 24), slice(24, 28)):
+        insert(index, tensor(ids[part]), 0, torch.arange(28)[part], impl=impl)
+    assert int(index.table[0, probe.SLOTS]) == 2 * probe.GROUP_SLOTS
+    assert find(index, tensor(ids[:30]), 0, impl=impl).tolist() == [*range(28), -1, -1]
+
+
 def test_kernels_through_growth_and_rebuilds():
     index = new_index(2)
     ids = torch.randint(-(2**63), 2**63 - 1, (400,)).unique()
