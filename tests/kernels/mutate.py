@@ -162,9 +162,11 @@ def _is_caught(base: Path, fault: Fault) -> bool:
         path.write_text(path.read_text().replace(fault.old, fault.new))
         code, text = _run_tests(folder, fault.test, fault.selection, fault.hangs_s or LIMIT_S)
     caught = code == 1 or (code is None and fault.hangs_s > 0) or (code is not None and code < 0 and fault.crashes)
-    how = "" if code == 1 else ", ran past its time limit" if code is None else f", exit code {code} of pytest\n{text}"
+    how = "" if code == 1 else ", ran past its time limit" if code is None else f", exit code {code} of pytest"
     word = "caught" if caught else "SURVIVED"
     print(f"{fault.number} {word}: {fault.file}, {fault.title} ({time.monotonic() - start:.0f} s{how})", flush=True)
+    if not caught:
+        print(text, flush=True)
     return caught
 
 

@@ -90,6 +90,16 @@ def test_extreme_entropy(impl):
     torch.testing.assert_close(stats.logprob, torch.tensor([0.0, -math.log(800)]))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_entropy_of_logits_that_grow_from_tile_to_tile(impl):
+    """9,000 words of log-odds 0, 1 and 2 by thirds: every tile of the vocabulary raises the maximum."""
+    weight = torch.arange(3.0).repeat_interleave(3000)[:, None]
+    stats = token_stats(torch.ones(1, 1), weight, torch.tensor([0]), with_entropy=True, impl=impl)
+    total = 3000 * (1 + math.e + math.e**2)
+    entropy = math.log(total) - 3000 * (math.e + 2 * math.e**2) / total
+    torch.testing.assert_close(stats.entropy, torch.tensor([entropy]))
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_ignored_and_invalid_targets(impl):
     hidden, weight, bias, targets = _inputs(6, 9, 3)
