@@ -1,5 +1,5 @@
 # make demo    set up .venv (core only) and run the main job: train, kill, resume, evaluate, report   about 3 min + set-up
-# make test    set up everything; lint, types, all tests         time budget on 2 cores: 15 min, set-up included
+# make test    set up everything; lint, types, all tests         time budget on 2 cores: 15 min, set-up included (now 20: too long)
 # make bench   the speed comparisons, JSON under benchmarks/results/   about 40 min on a quiet machine
 # make chaos   the long fault runs (hundreds of kills)
 # make mutate  76 faults seeded into the kernels, each caught by the test it names   7 to 45 s a fault, two at a time
