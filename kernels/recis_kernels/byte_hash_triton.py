@@ -27,15 +27,6 @@ def bytes_word(data_ptr, place, size, mask):
 
 
 @jit
-def hash64(value):
-    """Return MurmurHash3's 64-bit finaliser of int64 or uint64, uint64."""
-    mixed = value.to(tl.uint64)
-    mixed = (mixed ^ (mixed >> 33)) * 0xFF51AFD7ED558CCD
-    mixed = (mixed ^ (mixed >> 33)) * 0xC4CEB9FE1A85EC53
-    return mixed ^ (mixed >> 33)
-
-
-@jit
 def to_bucket(bits, buckets):
     """Return int64: the bits themselves (buckets < 0), their low 63 (0), or bits mod buckets, unsigned."""
     if buckets > 0:

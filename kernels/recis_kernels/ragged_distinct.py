@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_kernels.byte_hash_triton import hash64, largest
+from recis_kernels.byte_hash_triton import largest
 from recis_kernels.columns import check_columns, column_of_value, to_device
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form, lengths_to_offsets
 from recis_kernels.jagged_triton import bag_of_place
 from recis_kernels.philox import hash64_one
+from recis_kernels.philox_triton import hash64
 from recis_kernels.ragged_truncate import keep_where
 from recis_kernels.threads import run_parts, split
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels.byte_hash import farm_one
-from recis_kernels.byte_hash_triton import bytes_word, farm_bytes, hash64, largest
+from recis_kernels.byte_hash_triton import bytes_word, farm_bytes, largest
 from recis_kernels.columns import (
     block_table,
     check_columns,
@@ -26,6 +26,7 @@ from recis_kernels.columns import (
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form
 from recis_kernels.philox import hash64_one
+from recis_kernels.philox_triton import hash64
 
 _MAX_ENTRIES = 1 << 30
 

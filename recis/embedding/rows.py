@@ -141,7 +141,7 @@ class RowStore:
         unique = unique_ids(ids, tables, offsets)
         rows = self.index.find(unique.ids, unique.segments)
         found = StoreLookup(self, unique.ids, unique.segments, unique.counts, unique.inverse, rows, rows, source=source)
-        missing = torch.from_numpy(np.flatnonzero(rows.numpy() < 0))  # a torch comparison would wake OpenMP's workers
+        missing = _absent(rows)
         if train:
             if missing.numel():
                 missing = self._admit(found, missing)
@@ -398,3 +398,10 @@ class RowStore:
         names = [config.name for config in self.configs[:3]]
         more = f" and {self.num_tables - 3} more" if self.num_tables > 3 else ""
         return f"table {', '.join(map(repr, names))}{more}"
+
+
+def _absent(rows: Tensor) -> Tensor:
+    """Return the positions [M] int64 of rows that are -1."""
+    if rows.is_cuda:
+        return (rows < 0).nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(rows.numpy() < 0))  # a comparison by torch would wake OpenMP's workers
