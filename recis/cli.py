@@ -195,10 +195,10 @@ def _demo(args: argparse.Namespace) -> int:
 def _bench_report(args: argparse.Namespace) -> int:
     from recis.bench.report import load_rows, to_html, to_text
 
-    rows = load_rows(args.file)
-    print(to_text(rows))
+    files = {path: load_rows(path) for path in args.files}
+    print("\n\n".join(f"== {path}\n{to_text(rows)}" for path, rows in files.items()))
     if args.html is not None:
-        args.html.write_text(to_html(rows))
+        args.html.write_text(to_html([row for rows in files.values() for row in rows]))
     return OK
 
 
@@ -246,10 +246,10 @@ def _parser() -> argparse.ArgumentParser:
         bench_commands,
         "report",
         _bench_report,
-        "Print the table of a result file: our time, each peer's ratio, and whether targets are met.",
-        "recis bench report benchmarks/results/2026-11-21-cpu-bench.json --html bench.html",
+        "Print the table of result files: our time, each peer's ratio, and whether targets are met.",
+        "recis bench report benchmarks/results/2026-11-29-cpu-*.json --html bench.html",
     )
-    report.add_argument("file", type=Path, metavar="FILE.json")
+    report.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     report.add_argument("--html", type=Path, help="also write a page with bars")
     _add_measuring(commands)
     return parser

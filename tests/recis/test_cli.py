@@ -365,6 +365,13 @@ def test_bench_report(tmp_path):
     assert "target items_per_s >= 5 M/s: MISSED" in done.out
     assert "1000 keys" in (tmp_path / "bench.html").read_text()
     assert recis("bench", "report", tmp_path / "bench.html").code == 2
+    (tmp_path / "other.json").write_text((tmp_path / "out.json").read_text())
+    both = recis("bench", "report", tmp_path / "out.json", tmp_path / "other.json")
+    assert both.code == 0, both.err
+    assert [line for line in both.out.splitlines() if line.startswith("== ")] == [
+        f"== {tmp_path / name}" for name in ("out.json", "other.json")
+    ]
+    assert both.out.count("peer: 2.50x our time") == 2
 
 
 # ---- opening a run
