@@ -1,5 +1,5 @@
 # make demo    set up .venv (core only) and run the main job: train, kill, resume, evaluate, report   about 3 min + set-up
-# make test    set up everything; lint, types, all tests         time budget on 2 cores: 15 min, set-up included (now 20: too long)
+# make test    set up everything; lint, types, all tests, one test process per core   time budget on 2 cores: 15 min, set-up included
 # make bench   the speed comparisons, a JSON for each file under benchmarks/results/   about an hour on a quiet machine
 # make chaos   the long fault runs (hundreds of kills)
 # make mutate  76 faults seeded into the kernels, each caught by the test it names   7 to 45 s a fault, two at a time
@@ -48,7 +48,7 @@ types: .venv/.dev
 	$(BIN)/pyright --warnings
 
 unit: .venv/.dev
-	$(BIN)/python -m pytest -q -m "not torchrec and not slow" --durations=15
+	$(BIN)/python -m pytest -q -n logical --maxprocesses=8 --dist worksteal -m "not torchrec and not slow" --durations=15
 
 torchrec: .venv/.dev
 	$(BIN)/python -m pytest -q -m "torchrec and not slow"
