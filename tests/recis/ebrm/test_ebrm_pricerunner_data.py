@@ -1,0 +1,145 @@
+"""The PriceRunner task on the real offers: counts, ten real titles, coverage, and that nothing leaks."""
+
+import numpy as np
+import pytest
+
+from recis.ebrm.pricerunner import usable_attributes
+from recis.ebrm.pricerunner_coverage import coverage
+from recis.ebrm.pricerunner_grades import grade, is_visible
+from recis.ebrm.pricerunner_labels import learn_dictionaries
+from recis.ebrm.pricerunner_queries import parse_query
+from recis.ebrm.pricerunner_split import groups, part_of_group
+from recis.ebrm.pricerunner_text import noun_of
+from recis.ebrm.pricerunner_titles import title_entities, title_facts
+
+pytestmark = pytest.mark.data
+
+# query, its category, real title, entities that must be found, grade, visible
+TEN_TITLES = [
+    ("black smeg fridge", "fridge", "smeg fab5rbl 40cm 50 s style right hand hinged minibar black",
+     {"brand:smeg", "model:fab5rbl", "size:40cm", "colour:black"}, 4, True),
+    ("black smeg fridge", "fridge", "smeg fab10lp fridge cream",
+     {"brand:smeg", "model:fab10lp", "colour:cream"}, 3, True),
+    ("black smeg fridge", "fridge", "montpellier mab340k tall fridge black",
+     {"brand:montpellier", "model:mab340k", "colour:black"}, 2, True),
+    ("black smeg fridge", "fridge", "smeg integrated dishwasher in black",
+     {"category:dishwasher", "brand:smeg", "form:integrated", "colour:black"}, 1, True),
+    ("panasonic viera 55 inch tv", "tv", "panasonic 55 inch tx 55fx600b smart 4k uhd tv with hdr",
+     {"brand:panasonic", "model:tx55fx600b", "size:55inch"}, 4, False),  # the series is not stated
+    ("panasonic viera 55 inch tv", "tv", "panasonic viera tx 32a400e led tv",
+     {"brand:panasonic", "series:viera", "model:tx32a400e", "size:32inch"}, 3, True),
+    ("intel 3.6ghz processor", "processor",
+     "intel core i3 4160 3.60ghz socket 1150 3mb l3 cache retail boxed processor bx80646i34160",
+     {"brand:intel", "series:core", "model:core i3 4160", "speed:3.6ghz"}, 4, True),
+    ("intel xeon 2ghz processor", "processor", "intel xeon e5 4610v3 1.7 ghz processor",
+     {"brand:intel", "series:xeon", "model:e54610v3", "speed:1.7ghz"}, 3, True),
+    ("liebherr cufr 3311 red", "fridge freezer", "liebherr cufr 3311 freistehend 294l a rot",
+     {"brand:liebherr", "model:cufr3311", "form:freestanding", "capacity:294l", "colour:red"}, 4, True),
+    ("canon eos 15-45mm digital camera", "digital camera",
+     "canon eos 1200d digital slr camera canon ef s 18 55mm is ii lens",
+     {"brand:canon", "series:eos", "model:eos 1200d", "lens:18-55mm"}, 3, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("query", "category", "title", "found", "want", "visible"), TEN_TITLES, ids=[str(n) for n in range(1, 11)]
+)
+def test_ten_real_titles(pricerunner_task, query, category, title, found, want, visible):
+    task = pricerunner_task
+    offer = next(n for n, own in enumerate(task.catalogue.offers) if own.title == title)
+    wanted = {"category": (category,), **parse_query(query, task.dictionaries)}
+    fact = task.facts[task.catalogue.offers[offer].cluster_id]
+    assert found <= {entity.id for entity in task.entities(offer)}
+    assert grade(wanted, fact) == want
+    assert is_visible(wanted, want, fact, task.titles[offer]) == visible
+
+
+def test_counts_of_the_split(pricerunner_task):
+    task = pricerunner_task
+    generic = task.catalogue.generic_titles()
+    assert len(task.catalogue.offers) == 28_384
+    assert len(task.catalogue.labels) == 10_774
+    assert len(generic) == 90
+    assert np.mean([offer.title in generic for offer in task.catalogue.offers]) == pytest.approx(0.023, abs=0.0005)
+    group_of = groups(task.catalogue)
+    assert len(set(group_of.values())) == pytest.approx(9_670, rel=0.005)
+    sizes = {}
+    for offer in task.catalogue.offers:
+        sizes[group_of[offer.cluster_id]] = sizes.get(group_of[offer.cluster_id], 0) + 1
+    assert max(sizes.values()) < 50
+    for name, (clusters, offers) in {"train": (7_500, 19_800), "dev": (1_650, 4_500), "test": (1_600, 4_100)}.items():
+        assert len(task.parts[name].clusters) == pytest.approx(clusters, rel=0.01)
+        assert len(task.parts[name].offers) == pytest.approx(offers, rel=0.01)
+
+
+def test_counts_of_the_pairs(pricerunner_task):
+    part = pricerunner_task.parts["test"]
+    pairs = part.pairs
+    assert 15 <= len(pairs) / len(part.queries) <= 16.5
+    shares = [np.mean(pairs.grade == value) for value in (4, 3, 2, 1)]
+    np.testing.assert_allclose(shares, [0.27, 0.11, 0.37, 0.25], atol=0.03)
+    kinds = [np.mean([query.kind == kind for query in part.queries]) for kind in ("model", "attribute", "series")]
+    np.testing.assert_allclose(kinds, [0.41, 0.56, 0.03], atol=0.03)
+    assert np.mean(pairs.visible) == pytest.approx(0.87, abs=0.02)
+    visible = [np.mean(pairs.visible[pairs.grade == value]) for value in (4, 3, 2)]
+    np.testing.assert_allclose(visible, [0.79, 0.63, 0.92], atol=0.05)
+    assert len(np.unique(pairs.query[pairs.grade == 3])) / len(part.queries) == pytest.approx(0.25, abs=0.05)
+
+
+def test_coverage_of_dev_and_test_titles(pricerunner_task):
+    for row in coverage(pricerunner_task, ("dev", "test")):
+        if row.expected is not None:
+            assert row.stated >= row.expected - 0.05, row  # more is better: the rules may grow
+        if row.expected_contradicted is not None:
+            assert row.contradicted == pytest.approx(row.expected_contradicted, abs=0.02), row
+
+
+def test_only_well_stated_attributes_are_asked_for(pricerunner_task):
+    task = pricerunner_task
+    asked = {name for query in task.parts["train"].queries for name in query.constraints}
+    assert asked <= {"category", "brand", "model", "series", *(name for _, name in task.dictionaries.secondary)}
+    for part in task.parts.values():
+        for query in part.queries:
+            category = task.facts[query.cluster_id].category
+            for name in set(query.constraints) - {"category", "brand", "model", "series"}:
+                assert (category, name) in task.dictionaries.secondary
+
+
+def test_no_cluster_group_or_title_in_two_parts(pricerunner_task):
+    task = pricerunner_task
+    group_of, generic = groups(task.catalogue), task.catalogue.generic_titles()
+    seen: dict[tuple[str, object], str] = {}
+    for name, part in task.parts.items():
+        keys = {("cluster", cluster) for cluster in part.clusters}
+        keys |= {("group", group_of[cluster]) for cluster in part.clusters}
+        keys |= {("title", title) for n in part.offers if (title := task.catalogue.offers[n].title) not in generic}
+        for key in keys:
+            assert seen.setdefault(key, name) == name, key
+        assert {part_of_group(group_of[cluster]) for cluster in part.clusters} == {name}
+        assert {task.catalogue.offers[n].cluster_id for n in set(part.pairs.offer.tolist())} <= set(part.clusters)
+        assert not {task.catalogue.offers[n].title for n in set(part.pairs.offer.tolist())} & generic
+        assert {query.cluster_id for query in part.queries} <= set(part.clusters)
+
+
+def test_dictionaries_come_from_train_alone(pricerunner_task):
+    task = pricerunner_task
+    part = task.parts["train"]
+    labels = [(task.catalogue.categories[cluster], task.catalogue.labels[cluster]) for cluster in part.clusters]
+    again = learn_dictionaries(labels, (task.catalogue.offers[n].title for n in part.offers))
+    for name in ("brands", "series", "prefixes", "suffixes", "lenses"):
+        assert getattr(task.dictionaries, name) == getattr(again, name)
+    pairs = [(task.facts[task.catalogue.offers[n].cluster_id], task.titles[n]) for n in part.offers]
+    assert task.dictionaries.secondary == usable_attributes(pairs)
+
+
+def test_items_hold_no_label_text(pricerunner_task):
+    """All that a model gets of an item is made again from its title and category alone."""
+    task = pricerunner_task
+    for offer in sorted(set(task.parts["test"].pairs.offer.tolist())):
+        own = task.catalogue.offers[offer]
+        category = task.catalogue.categories[own.cluster_id]
+        again = title_facts(own.title, category, task.dictionaries)
+        item = task.item(offer)
+        assert item.entities == title_entities(again, task.schema)
+        assert item.title == own.title
+        assert task.item_text(offer) == f"{own.title} {noun_of(category)}"
