@@ -199,16 +199,16 @@ class RowBlocks:
         Raises:
             ValueError: a row outside [0, capacity), or a field this layout does not have.
         """
-        rows = self._checked(rows)
         known = self.layout.fields()
-        out, parts = {}, []
-        for name in known if fields is None else fields:
-            offset, width, dtype = self._field(name, known)
-            out[name] = torch.empty(
-                (rows.numel(), width) if width else (rows.numel(),), dtype=dtype, device=self.device
-            )
-            parts.append((offset, out[name]))
-        self._copy(rows, parts, impl, to_rows=False)
+        names = tuple(known) if fields is None else fields
+        for name in names:
+            self._field(name, known)
+        if torch.compiler.is_compiling():
+            read = _read_op(self.blocks, self.layout_key, self.shift, rows, _SEPARATOR.join(names), impl)
+            return dict(zip(names, read, strict=True))
+        rows = self._checked(rows)
+        out = _empty_fields(self.layout, names, rows.numel(), self.device)
+        self._copy(rows, [(known[name][0], out[name]) for name in names], impl, to_rows=False)
         return out
 
     def write(self, rows: Tensor, fields: Mapping[str, Tensor], *, impl: Impl = "auto") -> None:
@@ -217,8 +217,12 @@ class RowBlocks:
         Raises:
             ValueError: a row outside [0, capacity), an unknown field, or a value of another shape or dtype.
         """
-        rows = self._checked(rows)
         known = self.layout.fields()
+        if torch.compiler.is_compiling():
+            names, values = _SEPARATOR.join(fields), [given.detach() for given in fields.values()]
+            _write_op(self.blocks, self.layout_key, self.shift, rows, names, values, impl)
+            return
+        rows = self._checked(rows)
         for name, values in fields.items():
             _, width, dtype = self._field(name, known)
             shape = (rows.numel(), width) if width else (rows.numel(),)
@@ -244,9 +248,59 @@ class RowBlocks:
         return rows.contiguous()
 
     def _copy(self, rows: Tensor, parts: Sequence[tuple[int, Tensor]], impl: Impl, *, to_rows: bool) -> None:
-        version = choose(impl, self.device_pointers, triton=_copy_triton, numba=_copy_numba, torch=_copy_blockwise)
+        cpu = {"numba": _copy_numba, "torch": _copy_blockwise, "reference": _copy_reference}
+        version = choose(impl, self.device_pointers, triton=_copy_triton, **cpu)
         if rows.numel() and parts:
             version(self, rows, parts, to_rows=to_rows)
+
+
+_SEPARATOR = "|"  # between names of fields where a registered op takes them as one text
+
+
+def _empty_fields(layout: RowLayout, names: Sequence[str], num_rows: int, device: torch.device) -> dict[str, Tensor]:
+    known = layout.fields()
+    return {
+        name: torch.empty(
+            (num_rows, known[name][1]) if known[name][1] else (num_rows,), dtype=known[name][2], device=device
+        )
+        for name in names
+    }
+
+
+# ---- reading and writing as torch.compile and export see them: they take the block tensors themselves
+
+
+@torch.library.custom_op("recis::read_rows", mutates_args=())
+def _read_op(blocks: Sequence[Tensor], layout: str, shift: int, rows: Tensor, fields: str, impl: str) -> list[Tensor]:
+    store = RowBlocks.over(layout_of_key(layout), shift, blocks, rows.device)
+    return list(store.read(rows, _names(fields), impl=impl).values())  # type: ignore[arg-type]
+
+
+@_read_op.register_fake
+def _(blocks, layout, shift, rows, fields, impl):
+    return list(_empty_fields(layout_of_key(layout), _names(fields), rows.shape[0], rows.device).values())
+
+
+@torch.library.custom_op("recis::write_rows", mutates_args=("blocks",))
+def _write_op(
+    blocks: Sequence[Tensor], layout: str, shift: int, rows: Tensor, fields: str, values: Sequence[Tensor], impl: str
+) -> None:
+    store = RowBlocks.over(layout_of_key(layout), shift, blocks, rows.device)
+    store.write(rows, dict(zip(_names(fields), values, strict=True)), impl=impl)  # type: ignore[arg-type]
+
+
+def _names(fields: str) -> tuple[str, ...]:
+    return tuple(fields.split(_SEPARATOR)) if fields else ()
+
+
+def _copy_reference(store: RowBlocks, rows: Tensor, parts: Sequence[tuple[int, Tensor]], *, to_rows: bool) -> None:
+    """Byte by byte of the fields of one row after another."""
+    for n, row in enumerate(rows.tolist()):
+        line = store.blocks[row >> store.shift][row % (1 << store.shift)]
+        for offset, values in parts:
+            data = values[n].reshape(-1).view(torch.uint8)
+            field = line[offset : offset + data.numel()]
+            (field if to_rows else data).copy_(data if to_rows else field)
 
 
 def _copy_triton(store: RowBlocks, rows: Tensor, parts: Sequence[tuple[int, Tensor]], *, to_rows: bool) -> None:

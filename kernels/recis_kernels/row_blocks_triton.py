@@ -23,6 +23,13 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def field_words(values: Tensor, offset: int) -> tuple[Tensor, int]:
+    """Return contiguous values [N, ...], N >= 1, of a field at byte `offset` as flat words, and how many a row has."""
+    num_bytes = values[0].numel() * values.element_size()
+    wide = num_bytes % 4 == 0 and offset % 4 == 0
+    return values.view(-1).view(torch.int32 if wide else torch.int16), num_bytes // (4 if wide else 2)
+
+
 def copy_field(
     pointers: Tensor, shift: int, row_bytes: int, offset: int, rows: Tensor, values: Tensor, *, to_rows: bool
 ) -> None:
@@ -33,19 +40,17 @@ def copy_field(
         offset: byte of the field within a row.
         to_rows: whether values are written to the rows (distinct then), or read from them.
     """
-    num_rows, num_bytes = rows.numel(), values[0].numel() * values.element_size()
-    wide = num_bytes % 4 == 0 and offset % 4 == 0
-    num_words = num_bytes // (4 if wide else 2)
+    num_rows = rows.numel()
+    words, num_words = field_words(values, offset)
     block_w = min(next_power_of_2(num_words), MAX_TILE_WORDS)
     block_n = max(TILE // block_w, 1)
     grid = (-(-num_rows // block_n), -(-num_words // block_w))
-    words = values.view(-1).view(torch.int32 if wide else torch.int16)
     launch(
         _copy_field_kernel,
         grid,
         *(pointers, rows, words, num_rows, num_words, shift, row_bytes, offset),
         TO_ROWS=to_rows,
-        WIDE=wide,
+        WIDE=words.element_size() == 4,
         ALIGNED=offset % 16 == 0,  # rows start at multiples of 32: whole vectors of 16 bytes can be loaded
         BLOCK_N=block_n,
         BLOCK_W=block_w,

@@ -56,7 +56,7 @@ def test_offsets_by_hand():
     assert RowLayout(2).clock_offset == -1
 
 
-@pytest.mark.parametrize("impl", ["triton", "numba", "torch"])
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch", "reference"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_write_then_read_touches_nothing_else(layout, impl):
     blocks = RowBlocks(layout, shift=2)
@@ -70,7 +70,7 @@ def test_write_then_read_touches_nothing_else(layout, impl):
     assert all(not values.any() for values in blocks.read(others, impl=impl).values())
     blocks.write(rows[:1], {"count": torch.tensor([99], dtype=torch.int32)}, impl=impl)
     fields["count"][0] = 99
-    readers: list[Impl] = ["triton", "numba", "torch"]
+    readers: list[Impl] = ["triton", "numba", "torch", "reference"]
     for reader in readers:
         assert_fields_equal(blocks.read(rows, impl=reader), fields)
     assert blocks.read(rows, ("id",), impl=impl)["id"].equal(fields["id"])
@@ -85,7 +85,7 @@ def test_versions_copy_every_bit(dim, dtype):
     word = torch.int32 if dtype == torch.float32 else torch.int16
     values = torch.randint(-(2**15), 2**15, (67, dim)).to(word).mul(65537 if dtype == torch.float32 else 1).view(dtype)
     rows = torch.randperm(70)[:67]
-    pairs: list[tuple[Impl, Impl]] = [("triton", "numba"), ("numba", "triton")]
+    pairs: list[tuple[Impl, Impl]] = [("triton", "numba"), ("numba", "reference"), ("reference", "triton")]
     for writer, reader in pairs:
         blocks.write(rows, {"weight": torch.zeros_like(values)})
         blocks.write(rows, {"weight": values}, impl=writer)
@@ -125,13 +125,16 @@ def test_rows_past_a_block_keep_address_and_content():
     assert blocks.capacity == 3072
 
 
-def test_values_of_other_strides_are_taken():
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch", "reference"])
+def test_values_and_rows_of_other_strides_are_taken(impl):
     blocks = RowBlocks(RowLayout(3), shift=3)
     blocks.grow(8)
-    values = torch.randn(3, 16, requires_grad=True).t()[::2]
+    values, rows = torch.randn(3, 16, requires_grad=True).t()[::2], torch.arange(16).flip(0)[::2].clone() // 2
+    apart = torch.stack((rows, rows * 0), dim=1)[:, 0]
     assert not values.is_contiguous()
-    blocks.write(torch.arange(16)[::2] // 2, {"weight": values})
-    assert blocks.read(torch.arange(8))["weight"].equal(values.detach())
+    blocks.write(apart, {"weight": values}, impl=impl)
+    assert blocks.read(torch.arange(8))["weight"].equal(values.detach().flip(0))
+    assert blocks.read(apart, impl=impl)["weight"].equal(values.detach())
 
 
 @pytest.mark.parametrize("impl", ["triton", "numba"])
@@ -147,12 +150,39 @@ def test_rows_beyond_two_to_the_31_elements(impl):
     assert last.equal(values[1])
 
 
+@pytest.mark.parametrize("impl", ["triton", "numba", "torch", "reference"])
+def test_ops_are_known_to_torch(impl):
+    layout = RowLayout(5, torch.bfloat16, (("m", 3),), clock=True)
+    blocks, rows = RowBlocks(layout, shift=2), torch.tensor([6, 0, 3])
+    blocks.grow(8)
+    weight, ids = torch.randn(3, 5).bfloat16(), torch.tensor([9, -1, 2**62])
+    store = blocks.blocks, blocks.layout_key, blocks.shift, rows
+    torch.library.opcheck(torch.ops.recis.write_rows.default, (*store, "weight|id", [weight, ids], impl))
+    torch.library.opcheck(torch.ops.recis.read_rows.default, (*store, "id|weight|state.m", impl))
+
+    def run(blocks, rows, weight):
+        blocks.write(rows, {"weight": weight * 2, "id": ids}, impl=impl)
+        whole = blocks.read(rows, impl=impl)
+        return whole["weight"] + blocks.read(rows, ("weight",), impl=impl)["weight"], whole["id"], whole["last_seen_s"]
+
+    other = RowBlocks(layout, shift=2)
+    other.grow(8)
+    other.write(rows, blocks.read(rows))
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(blocks, rows, weight)
+    assert all(torch.equal(one, two) for one, two in zip(got, run(other, rows, weight), strict=True))
+    assert_fields_equal(blocks.read(torch.arange(8)), other.read(torch.arange(8)))
+
+
 def test_empty_and_errors():
     blocks = RowBlocks(RowLayout(2, state=(("h", 1),)), shift=0)
     none = torch.tensor([], dtype=torch.int64)
     assert blocks.read(none)["weight"].shape == (0, 2)
     blocks.write(none, {"weight": torch.empty(0, 2)})
     blocks.grow(3)
+    impls: list[Impl] = ["triton", "numba", "torch", "reference"]
+    for impl in impls:
+        blocks.write(none, {"weight": torch.empty(0, 2)}, impl=impl)
+        assert blocks.read(none, impl=impl)["state.h"].shape == (0, 1)
     with pytest.raises(ValueError, match=r"rows must lie in \[0, 3\); got 1..3"):
         blocks.read(torch.tensor([1, 3]))
     with pytest.raises(ValueError, match=r"got -1..0"):
