@@ -27,7 +27,11 @@ class AdmissionControl:
 
     Args:
         configs: of the T tables.
-        keys: int64 [T], key64 of each table.
+        keys: int64 [T], key64 of each table, on the device of the ids to decide about.
+
+    Attributes:
+        counts_sightings: whether a table counts; sightings are counted on the host, so `decide` then takes CPU tensors.
+        admits_all: whether every id gets a row at once.
     """
 
     def __init__(self, configs: Sequence[TableConfig], keys: Tensor) -> None:
@@ -36,9 +40,10 @@ class AdmissionControl:
         needed = [rule.n if isinstance(rule := config.admission, AfterSightings) else 1 for config in configs]
         chance = [rule.p if isinstance(rule := config.admission, WithProbability) else 1.0 for config in configs]
         self._needed = torch.tensor(needed)
-        self._chance = torch.tensor(chance, dtype=torch.float64)
+        self._chance = torch.tensor(chance, dtype=torch.float64).to(keys.device)
         self._draws = any(p < 1 for p in chance)
         self.counts_sightings = max(needed, default=1) > 1
+        self.admits_all = not (self._draws or self.counts_sightings)
         self.exact, self.sketch = self._counters()
         self._queues = self._ttl_queues()
 
@@ -52,7 +57,7 @@ class AdmissionControl:
         self._is_exact = torch.tensor([isinstance(counter, Exact) for counter in counters], dtype=torch.bool)
         limits = [counter.max_ids if isinstance(counter, Exact) else None for counter in counters]
         exact = sketch = None
-        if bool(self._is_exact.any()):
+        if any(isinstance(counter, Exact) for counter in counters):
             limit = torch.tensor([_NO_LIMIT if most is None else most for most in limits])
             exact = ExactSightings(len(counters), limit)
         if any(isinstance(counter, CountMin) for counter in counters):
@@ -78,8 +83,8 @@ class AdmissionControl:
         if self.counts_sightings:
             admitted = self._sightings(ids, tables) + 1 >= self._needed[tables.long()]
         if self._draws:
-            draw = admission_draws(ids, self._keys, step, tables=tables).double()
-            lucky = draw < self._chance[tables.long()]
+            draw = admission_draws(ids, self._keys.to(ids.device), step, tables=tables).double()
+            lucky = draw < self._chance.to(ids.device)[tables.long()]
             admitted = lucky if admitted is None else admitted & lucky
         return admitted
 

@@ -166,8 +166,10 @@ class _Collection(nn.Module):
             features=tuple(self.features[name] for name in order),
             num_pooled=len(pooled),
             runs=runs,
-            tables=torch.tensor([self.table_set.features[name][1].number for name in order], dtype=torch.int32),
-            mean=torch.tensor(mean) if len(set(mean)) > 1 else bool(mean and mean[0]),
+            tables=torch.tensor([self.table_set.features[name][1].number for name in order], dtype=torch.int32).to(
+                store.device
+            ),
+            mean=torch.tensor(mean).to(store.device) if len(set(mean)) > 1 else bool(mean and mean[0]),
         )
 
     @staticmethod
@@ -188,7 +190,9 @@ class _Collection(nn.Module):
             part = plan.part_of(batch)
             offsets = part.offsets if part.offsets.dtype == torch.int64 else part.offsets.long()
             starts = offsets[:: part.stride] if part.stride else offsets.new_zeros(len(plan.features) + 1)
-            ids = part.values[: offsets[-1]] if offsets[-1] < part.values.numel() else part.values
+            ids = part.values
+            if not plan.store.is_padded and offsets[-1] < ids.numel():  # on a GPU to look is to wait: offsets end there
+                ids = ids[: offsets[-1]]
             found = plan.store.lookup((ids, starts, plan.tables), train=self.training, source=self)
             out |= self._outputs(plan, part, offsets, found)
         return {name: out[name] for name in self.features}
@@ -222,7 +226,8 @@ class EmbeddingBagCollection(_Collection):
         stride, num_pooled = part.stride, plan.num_pooled
         if num_pooled:
             bags = offsets[: num_pooled * stride + 1]
-            pooled = pool(found, bags, stride, bag_factors(bags, part.weights, plan.mean))
+            factors = bag_factors(bags, part.weights, plan.mean, num_positions=found.inverse.numel())
+            pooled = pool(found, bags, stride, factors)
             pooled = pooled.view(num_pooled, stride, pooled.shape[1]).unbind(0)
             out = {feature.name: bag for feature, bag in zip(plan.features, pooled, strict=False)}
         for place, feature in enumerate(plan.features[num_pooled:], start=num_pooled):

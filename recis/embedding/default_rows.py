@@ -22,11 +22,11 @@ class DefaultRows:
         rows: int64 [T], its row number, -1 = none; set by the store once it has taken the rows.
     """
 
-    def __init__(self, configs: Sequence[TableConfig]) -> None:
+    def __init__(self, configs: Sequence[TableConfig], device: torch.device) -> None:
         with_default = [number for number, config in enumerate(configs) if config.unadmitted == "default_row"]
-        self.tables = torch.tensor(with_default, dtype=torch.int64)
-        self.rows = torch.full((len(configs),), -1)
-        self._trained = torch.tensor([config.train_default_row for config in configs])
+        self.tables = torch.tensor(with_default, dtype=torch.int64).to(device)
+        self.rows = torch.full((len(configs),), -1, device=device)
+        self._trained = torch.tensor([config.train_default_row for config in configs]).to(device)
 
     def redirect(self, found: StoreLookup, missing: Tensor, *, train: bool) -> Tensor:
         """Point reads of found.ids[missing] at their tables' default rows; return the rows [U] an update may change.
@@ -51,3 +51,17 @@ class DefaultRows:
         update = found.row_numbers.clone()
         update[speaker[tables]] = self.rows[tables]
         return update
+
+    def redirect_padded(self, found: StoreLookup, missing: Tensor, *, train: bool) -> Tensor:
+        """Do `redirect` with missing a mask, bool [L], and without a host sync."""
+        tables, rows = found.tables.long(), found.row_numbers
+        found.read_rows = torch.where(missing, self.rows[tables], rows)
+        if not train:
+            return rows
+        nobody, places = self.rows.numel(), torch.arange(rows.numel(), device=rows.device)
+        sharing = missing & self._trained[tables]
+        group = torch.where(sharing, tables, nobody)
+        speaker = torch.full((nobody + 1,), rows.numel(), device=rows.device).scatter_reduce(0, group, places, "amin")
+        stands_for = torch.where(sharing, speaker[group], places)
+        found.inverse = stands_for.to(found.inverse.dtype)[found.inverse.long()]
+        return torch.where(sharing & (stands_for == places), self.rows[tables], rows)

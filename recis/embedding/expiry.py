@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recis.embedding.eviction import lowest
-from recis.embedding.row_owners import RowOwners
+from recis.embedding.row_owners import DeviceRowOwners, RowOwners
 
 _HORIZON_SHARE = 4
 _LISTED_PER_VICTIM = 32
@@ -32,13 +32,13 @@ class TtlQueue:
         read_last_seen: rows [N] -> int64 [N], on the same time scale.
     """
 
-    def __init__(self, ttl: int, wanted: Tensor, owners: RowOwners, read_last_seen: ReadRows) -> None:
+    def __init__(self, ttl: int, wanted: Tensor, owners: RowOwners | DeviceRowOwners, read_last_seen: ReadRows) -> None:
         self.ttl = ttl
         self.wanted = wanted
         self._owners = owners
         self._read = read_last_seen
         self._next_pass: int | None = None
-        self._listed = torch.empty(0, dtype=torch.int64)
+        self._listed = torch.empty(0, dtype=torch.int64, device=owners.owner.device)
 
     def reset(self) -> None:
         """Forget the list: rows were written by hand, or time was set back."""
@@ -70,11 +70,13 @@ class CapacityQueue:
         read: rows [N] -> (scores [N], last_seen [N], ids [N]).
     """
 
-    def __init__(self, table: int, owners: RowOwners, read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+    def __init__(
+        self, table: int, owners: RowOwners | DeviceRowOwners, read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
         self.table = table
         self._owners = owners
         self._read = read
-        self._watched = torch.empty(0, dtype=torch.int64)
+        self._watched = torch.empty(0, dtype=torch.int64, device=owners.owner.device)
         self._border: tuple[int, int, int] | None = None
 
     def reset(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recis.embedding.lookups import StoreLookup
+from recis_kernels.columns import to_device
 from recis_kernels.embedding_bag import embedding_bag, factor_grads, row_gather, tile_positions
 from recis_kernels.row_grads import RowGrad
 
@@ -34,7 +35,7 @@ def pool(found: StoreLookup, offsets: Tensor, stride: int, factors: Tensor | Non
 def gather(found: StoreLookup, offsets: Tensor | None = None, stride: int = 1) -> Tensor:
     """Return the row of each position, [L, D] float32; offsets None: all positions are one bag."""
     if offsets is None:
-        offsets = torch.tensor([0, found.inverse.numel()])
+        offsets = to_device(torch.tensor([0, found.inverse.numel()]), found.inverse.device)
     view = _view(found, found.inverse, offsets, stride, per_position=True)
     return _Rows.apply(_anchor(found), None, found, view)
 
@@ -49,7 +50,8 @@ def tile(found: StoreLookup, offsets: Tensor, num_kept: int, weights: Tensor | N
     stride = offsets.numel() - 1
     present = positions >= 0
     inverse = torch.where(present, found.inverse[positions.clamp(min=0)] if found.inverse.numel() else positions, -1)
-    view = _view(found, inverse, torch.arange(stride + 1) * num_kept, stride, per_position=True)
+    bags = torch.arange(stride + 1, device=offsets.device) * num_kept
+    view = _view(found, inverse, bags, stride, per_position=True)
     rows = _Rows.apply(_anchor(found), None, found, view)
     if weights is not None and weights.numel():
         rows = rows * torch.where(present, weights[positions.clamp(min=0)], 0)[:, None]

@@ -54,7 +54,7 @@ class RowEviction:
         store, is_clock = self._store, isinstance(policy, TtlSeconds)
         key = (policy.n, is_clock)
         if key not in self._ttl:
-            wanted = torch.zeros(store.num_tables + 1, dtype=torch.bool)
+            wanted = torch.zeros(store.num_tables + 1, dtype=torch.bool, device=store.device)
             read = store.read_clock if is_clock else self._read_last_seen
             self._ttl[key] = TtlQueue(policy.n, wanted, store.owners, read)
         return self._ttl[key]
@@ -76,6 +76,11 @@ class RowEviction:
         read = self._store.blocks.read(rows, ("id", "last_seen", "count"))
         return read["count"], read["last_seen"], read["id"]
 
+    @property
+    def watches_inserts(self) -> bool:
+        """Whether `inserted` must be told of new rows now."""
+        return any(queue is not None and queue.is_listing for _, _, queue in self._capacity)
+
     def inserted(self, rows: Tensor, tables: Tensor) -> None:
         """Take note of new rows [N] of tables [N]."""
         for number, _, queue in self._capacity:
@@ -96,7 +101,8 @@ class RowEviction:
         for (_, is_clock), queue in self._ttl.items():
             rows = queue.due(clock_s if is_clock else step)
             if tables is not None and rows.numel():
-                of_tables = torch.isin(store.owners.owner[rows], torch.tensor(list(tables), dtype=torch.int32))
+                given = torch.tensor(list(tables), dtype=torch.int32).to(rows.device)
+                of_tables = torch.isin(store.owners.owner[rows], given)
                 rows = rows[of_tables]
                 queue.reset()  # rows of other tables were due too: list them again
             store.evict(rows)
@@ -132,4 +138,4 @@ class RowEviction:
             self._store.blocks.read(part, ("weight",))["weight"].double().norm(dim=1)
             for part in rows.split(_ROWS_PER_READ)
         ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=rows.device)

@@ -1,6 +1,6 @@
 """Physical storage of tables with one signature: row blocks, the index of all their ids, and the step under way.
 
-    lookup      unique -> find -> (admit -> take rows -> insert -> initialise); one launch each for all tables
+    lookup      unique -> find -> (admit -> take rows -> insert -> initialise): `exact_lookups`, or `padded_lookups` on a GPU
     pending     what backward left for the optimizer
     end_step    metadata of rows no update has touched, counters, sightings, then eviction
 
@@ -19,19 +19,23 @@ from recis.embedding.config import TableConfig
 from recis.embedding.counters import TableCounters
 from recis.embedding.default_rows import DefaultRows
 from recis.embedding.eviction import TtlSeconds
-from recis.embedding.lookups import FOUND, FULL, INSERTED, REJECTED, StoreLookup, unplaced
+from recis.embedding.exact_lookups import ExactLookups
+from recis.embedding.late_reading import LateFaults
+from recis.embedding.lookups import StoreLookup
+from recis.embedding.padded_lookups import PaddedLookups
 from recis.embedding.row_eviction import RowEviction
 from recis.embedding.row_log import ChangeLog
-from recis.embedding.row_owners import RowOwners, grown
+from recis.embedding.row_owners import DeviceRowOwners, RowOwners
 from recis.embedding.snapshot import StoreSnapshot
-from recis.embedding.step_clock import StepClock, from_low_seconds, low_seconds
+from recis.embedding.step_clock import StepClock, from_low_seconds, low_second, low_seconds
 from recis.embedding.totals import StoreTotals
+from recis_kernels.columns import to_device
 from recis_kernels.hash_index import HashIndex
 from recis_kernels.philox import table_key
 from recis_kernels.row_blocks import RowBlocks, RowLayout
 from recis_kernels.row_grads import PendingLookup
 from recis_kernels.row_init import init_rows
-from recis_kernels.unique_ids import order_by_segment_and_id, unique_ids
+from recis_kernels.unique_ids import order_by_segment_and_id
 
 
 class RowStore:
@@ -41,7 +45,9 @@ class RowStore:
         configs: of the tables, by number.
         keys: int64 [T], key64 of (seed, name) of each table; seeds its random draws.
         layout, blocks: where rows lie.  index: (table, id) -> row.  owners: row -> table.
-        sizes: int64 [T] numpy, rows of each table.  t: int64 [T], optimizer steps of each table so far.
+        is_padded: whether lookups leave the number of ids on the device, as a GPU needs.  lookups: how they are done.
+        t: int64 [T], CPU; optimizer steps of each table so far.
+        faults: what went wrong on the device and is named a step later.
         step: the step under way: lookups belong to it, updates write it as last_seen.
         clock: of eviction by seconds, shared by all stores of a table set; has_clock: whether this store needs it.
         on_evict: called with (table name, ascending ids) after an eviction.
@@ -58,7 +64,13 @@ class RowStore:
         block_shift: int | None = None,
         clock: StepClock | None = None,
         on_evict: Callable[[str, Tensor], None] | None = None,
+        padded: bool | None = None,
     ) -> None:
+        """Build an empty store.
+
+        Args:
+            padded: see `is_padded`; None: where the device is not the CPU. Tests ask for it there.
+        """
         first = configs[0]
         self.seed = seed
         self.configs = tuple(configs)
@@ -67,7 +79,8 @@ class RowStore:
         self._state_values = first.optimizer.initial_state()
         self.device = torch.device(device)
         self.deterministic = deterministic
-        self.keys = torch.tensor([table_key(seed, config.name) for config in configs])
+        self.is_padded = self.device.type != "cpu" if padded is None else padded
+        self.keys = torch.tensor([table_key(seed, config.name) for config in configs]).to(self.device)
         self.has_clock = any(isinstance(policy, TtlSeconds) for config in configs for policy in config.eviction)
         self.layout = RowLayout(
             dim=first.embedding_dim,
@@ -79,30 +92,39 @@ class RowStore:
         self.index = HashIndex(device)
         for _ in configs:
             self.index.add_segment()
-        self.owners = RowOwners()
+        self.owners = DeviceRowOwners(self.device) if self.is_padded else RowOwners()
         self.admission = AdmissionControl(self.configs, self.keys)
         self.logs = [ChangeLog() for _ in configs]
         self.totals = StoreTotals(self.configs)
-        self.defaults = DefaultRows(self.configs)
+        self.defaults = DefaultRows(self.configs, self.device)
         self.eviction = RowEviction(self)
-        self.sizes = np.zeros(len(configs), dtype=np.int64)
         self.t = torch.zeros(len(configs), dtype=torch.int64)
         self.step = 1
         self.clock = StepClock() if clock is None else clock
         self.on_evict = on_evict
         self.snapshot: StoreSnapshot | None = None
+        self.faults = LateFaults()
+        self.lookups = PaddedLookups(self) if self.is_padded else ExactLookups(self)
         self._records: list[StoreLookup] = []
-        self._tags = torch.zeros(0, dtype=torch.int32)
-        self._tag = 0
         tables = self.defaults.tables
         if tables.numel():
-            self.defaults.rows[tables] = self.owners.take(torch.full(tables.shape, self.reserved, dtype=torch.int32))
+            self.defaults.rows[tables] = self.owners.take(torch.full_like(tables, self.reserved, dtype=torch.int32))
             self.initialise_default_rows(tables)
 
     @property
     def num_tables(self) -> int:
         """T."""
         return len(self.configs)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows of each table, int64 [T]; a host sync on a GPU."""
+        return self.index.sizes().numpy()
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that limits let the store have, default rows included; the largest int64 where a table has none."""
+        return min(sum(self.totals.limits.tolist()) + self.defaults.tables.numel(), int(np.iinfo(np.int64).max))
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +140,7 @@ class RowStore:
         """Set the default rows of tables [K], which have one, to their first values and state."""
         rows = self.defaults.rows[tables]
         keys = torch.tensor([table_key(self.seed, f"{config.name}/default") for config in self.configs])
-        self.initialise(rows, torch.zeros_like(rows), tables, keys=keys)
+        self.initialise(rows, torch.zeros_like(rows), tables, keys=keys.to(self.device))
 
     # ---- lookups
 
@@ -127,7 +149,8 @@ class RowStore:
         if ids.ndim != 1 or ids.dtype != torch.int64:
             name = repr(self.configs[table].name)
             raise ValueError(f"table {name}: ids must be int64 [L]; got {ids.dtype} {tuple(ids.shape)}")
-        return ids, torch.tensor([0, ids.numel()]), torch.tensor([table], dtype=torch.int32)
+        tables = to_device(torch.tensor([table], dtype=torch.int32), self.device)
+        return ids, to_device(torch.tensor([0, ids.numel()]), self.device), tables
 
     def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
         """Look up ids [L] of ranges: positions offsets[r]:offsets[r + 1] are of table tables[r].
@@ -137,64 +160,28 @@ class RowStore:
             train: whether unknown ids may earn rows and the step's bookkeeping counts this lookup.
             source: who asks; numbers micro-batches.
         """
-        ids, offsets, tables = ranges
-        unique = unique_ids(ids, tables, offsets)
-        rows = self.index.find(unique.ids, unique.segments)
-        found = StoreLookup(self, unique.ids, unique.segments, unique.counts, unique.inverse, rows, rows, source=source)
-        missing = _absent(rows)
+        found = self.lookups.look_up(ranges, train=train, source=source)
         if train:
-            if missing.numel():
-                missing = self._admit(found, missing)
-            self._remember(found)
-        elif missing.numel():
-            reads = torch.bincount(found.tables[missing].long(), found.counts[missing].double(), self.num_tables)
-            self.totals.add_default_reads(reads.long())
-        update_rows = rows
-        if missing.numel() and self.defaults.tables.numel():
-            update_rows = self.defaults.redirect(found, missing, train=train)
-        if train:
-            found.grads = PendingLookup(update_rows, found.tables, found.counts)
+            if self._records:
+                self.lookups.mark_first(found, self._records)
+            self._records.append(found)
         return found
-
-    def _admit(self, found: StoreLookup, missing: Tensor) -> Tensor:
-        """Give rows to the ids found.ids[missing] that may have one; return those that stay without."""
-        ids, tables = found.ids[missing], found.tables[missing]
-        outcome = torch.full((missing.numel(),), INSERTED, dtype=torch.uint8)
-        admitted = self.admission.decide(ids, tables, self.step)
-        if admitted is not None:
-            outcome[~admitted] = REJECTED
-        if self.totals.has_limits:
-            self._mark_full(ids, tables, outcome)
-        new = (outcome == INSERTED).nonzero().squeeze(1)
-        if new.numel():
-            if self.deterministic:
-                new = new[order_by_segment_and_id(ids[new], tables[new], self.num_tables)]
-            found.row_numbers[missing[new]] = self.place(ids[new], tables[new])
-        found.outcome = torch.full((found.ids.numel(),), FOUND, dtype=torch.uint8)
-        found.outcome[missing] = outcome
-        return missing[outcome != INSERTED]
-
-    def _mark_full(self, ids: Tensor, tables: Tensor, outcome: Tensor) -> None:
-        """Turn admissions past max_rows into FULL; the smaller ids of a lookup come first."""
-        wanted = torch.bincount(tables[outcome == INSERTED].long(), minlength=self.num_tables).numpy()
-        limits = self.totals.limits
-        for table in np.flatnonzero((self.sizes + wanted > limits) & (wanted > 0)).tolist():
-            asking = ((tables == table) & (outcome == INSERTED)).nonzero().squeeze(1)
-            room = max(0, int(limits[table] - self.sizes[table]))
-            outcome[asking[ids[asking].argsort()][room:]] = FULL
 
     def place(self, ids: Tensor, tables: Tensor) -> Tensor:
         """Give absent ids [N] of tables int32 [N] fresh rows, in this order; return the rows."""
         rows = self.owners.take(tables)
         self.initialise(rows, ids, tables)
         self.index.insert(ids, tables, rows)
-        self.sizes += torch.bincount(tables.long(), minlength=self.num_tables).numpy()
         self.eviction.inserted(rows, tables)
         return rows
 
     def initialise(self, rows: Tensor, ids: Tensor, tables: Tensor, *, keys: Tensor | None = None) -> None:
         """Write first weight, first state and fresh metadata into rows [N]."""
         self.blocks.grow(self.owners.num_fresh)
+        self.write_first(rows, ids, tables, keys=keys)
+
+    def write_first(self, rows: Tensor, ids: Tensor, tables: Tensor, *, keys: Tensor | None = None) -> None:
+        """Do `initialise` for rows [N] that the blocks have room for; -1 is ignored."""
         self.before_write(rows)
         init_rows(
             self.blocks,
@@ -205,21 +192,8 @@ class RowStore:
             tables=tables,
             state_values=self._state_values,
             step=self.step,
-            clock_s=int(low_seconds(torch.tensor(self.clock.seconds))),
+            clock_s=low_second(self.clock.seconds),
         )
-
-    def _remember(self, found: StoreLookup) -> None:
-        """Keep a training lookup for the end of the step; mark which of its rows this step had not seen yet."""
-        if self._records:
-            self._tags = grown(self._tags, self.owners.owner.numel(), 0)
-            if len(self._records) == 1:
-                self._tag += 1
-                earlier = self._records[0].row_numbers
-                self._tags[earlier[earlier >= 0]] = self._tag
-            rows = found.row_numbers
-            found.first = self._tags[rows.clamp(min=0)] != self._tag
-            self._tags[rows[rows >= 0]] = self._tag
-        self._records.append(found)
 
     # ---- what the optimizer needs
 
@@ -261,7 +235,7 @@ class RowStore:
         if step == self.step:
             return
         if step < self.step - 1 or (self._records and step < self.step):
-            raise ValueError(f"steps do not go back: step {step} after {self._names()} were in step {self.step}")
+            raise ValueError(f"steps do not go back: step {step} after {self.describe()} were in step {self.step}")
         self.settle()
         self.step = step
 
@@ -274,15 +248,14 @@ class RowStore:
         records = self._records
         if any(record.has_gradient for record in records):
             raise ValueError(
-                f"step {self.step} of {self._names()} ends with gradients that no update has applied: call "
+                f"step {self.step} of {self.describe()} ends with gradients that no update has applied: call "
                 "SparseOptimizer.step() before end_step, or zero_grad() to drop them"
             )
         self._records = []
         for record in records:
             self._write_metadata(record)
             record.applied = True
-        self.totals.add_step(records)
-        self._book_sightings(records)
+        self.lookups.book(records)
         self.totals.warn_if_full()
 
     def book_last_seen(self) -> None:
@@ -298,13 +271,11 @@ class RowStore:
     def _write_metadata(self, record: StoreLookup) -> None:
         if record.is_booked and not self.has_clock:
             return
-        at = (record.row_numbers >= 0).nonzero().squeeze(1)
-        rows = record.row_numbers[at]
-        self.before_write(rows)
         if not record.is_booked:
-            count = self.blocks.read(rows, ("count",))["count"] + record.counts[at]
-            self.blocks.write(rows, {"count": count, "last_seen": torch.full_like(count, self.step)})
+            self.lookups.write_metadata(record)
         if self.has_clock:
+            rows = record.row_numbers[(record.row_numbers >= 0).nonzero().squeeze(1)]
+            self.before_write(rows)
             self.write_clock(rows, torch.full_like(rows, self.clock.seconds))
         record.is_booked = True
 
@@ -316,16 +287,6 @@ class RowStore:
         """Return last_seen_s of rows [N], int64 [N]."""
         return from_low_seconds(self.blocks.read(rows, ("last_seen_s",))["last_seen_s"])
 
-    def _book_sightings(self, records: Sequence[StoreLookup]) -> None:
-        if not self.admission.counts_sightings:
-            return
-        without = unplaced(records)
-        self.admission.add(without.ids, without.tables, without.counts, step=self.step, clock_s=self.clock.seconds)
-        for record in records:
-            if record.outcome is not None:
-                placed = (record.outcome == INSERTED).nonzero().squeeze(1)
-                self.admission.forget(record.ids[placed], record.tables[placed])
-
     def end_step(self, step: int, *, tables: Sequence[int] | None = None) -> None:
         """Settle `step`, then evict from these tables (None: all). The step under way is then step + 1.
 
@@ -334,10 +295,11 @@ class RowStore:
         """
         if step != self.step and (self._records or step < self.step - 1):
             raise ValueError(
-                f"end_step({step}) of {self._names()}, but the step under way is {self.step}: steps count from 1 and up "
+                f"end_step({step}) of {self.describe()}, but the step under way is {self.step}: steps count from 1 and up "
                 "by one per update; after loading, set the last step that ended with TableSet.load_step"
             )
         self.step = step
+        self.faults.raise_found()
         if self.has_clock:
             self.clock.at(step)
         self.settle()
@@ -354,13 +316,15 @@ class RowStore:
         """Raise ValueError when training lookups wait for their end_step."""
         if self._records:
             raise ValueError(
-                f"{what} needs the boundary of a step: call end_step({self.step}) of {self._names()} first"
+                f"{what} needs the boundary of a step: call end_step({self.step}) of {self.describe()} first"
             )
 
     def counters(self, table: int) -> TableCounters:
         """Return the totals of one table, the step under way included."""
+        self.lookups.pull_totals()
+        now = self.lookups.outcomes(self._records)[table] if self._records else None
         size = int(self.sizes[table])
-        return self.totals.counters(table, self._records, size=size, allocated=self.blocks.capacity)
+        return self.totals.counters(table, now, size=size, allocated=self.blocks.capacity)
 
     # ---- taking rows away
 
@@ -383,8 +347,7 @@ class RowStore:
         rows, ids, tables = rows[order], ids[order], tables[order]
         self.index.erase(ids, tables)
         self.owners.release(rows)
-        per_table = torch.bincount(tables.long(), minlength=self.num_tables)
-        self.sizes -= per_table.numpy()
+        per_table = torch.bincount(tables.long(), minlength=self.num_tables).cpu()
         for record in self._records:  # a row freed inside a step must not be updated by it
             for numbers in (record.row_numbers, None if record.grads is None else record.grads.rows):
                 if numbers is not None:
@@ -394,14 +357,8 @@ class RowStore:
             self.logs[table].removed(part)
         return ids, per_table
 
-    def _names(self) -> str:
+    def describe(self) -> str:
+        """Name the tables, for messages."""
         names = [config.name for config in self.configs[:3]]
         more = f" and {self.num_tables - 3} more" if self.num_tables > 3 else ""
         return f"table {', '.join(map(repr, names))}{more}"
-
-
-def _absent(rows: Tensor) -> Tensor:
-    """Return the positions [M] int64 of rows that are -1."""
-    if rows.is_cuda:
-        return (rows < 0).nonzero().squeeze(1)
-    return torch.from_numpy(np.flatnonzero(rows.numpy() < 0))  # a comparison by torch would wake OpenMP's workers

@@ -55,19 +55,20 @@ class StoreSnapshot:
 
     def open(self, rows: Tensor) -> None:
         """Mark rows [N] of one more table; `close` takes the mark back."""
-        self._state[rows.numpy()] = _MARKED
+        self._state[rows.cpu().numpy()] = _MARKED
         self._num_open += 1
 
     def keep(self, rows: Tensor) -> None:
-        """Copy those of rows [N] (-1 is ignored) that are marked; waits while there is no room."""
+        """Copy those of rows [N] (-1 is ignored) that are marked; waits while there is no room, and for rows on a GPU."""
         with self._changed:
             while True:
-                rows = torch.from_numpy(_marked(self._state, rows.numpy()))
+                rows = torch.from_numpy(_marked(self._state, rows.cpu().numpy()))
                 part = rows[: self._capacity - self._places.num_used]
                 if part.numel():
                     places = self._places.take(torch.zeros(part.numel(), dtype=torch.int32))
                     self._copies.grow(self._places.num_fresh)
-                    copy_rows(self._store.blocks, part, self._copies, places)
+                    device = self._store.device
+                    copy_rows(self._store.blocks, part.to(device), self._copies, places.to(device))
                     self._state[part.numpy()] = places.numpy()
                 if part.numel() == rows.numel():
                     return
@@ -96,13 +97,15 @@ class StoreSnapshot:
             ValueError: a row was read before, or is not part of the snapshot.
         """
         with self._changed:
-            states = self._state[rows.numpy()]
+            numbers = rows.cpu()
+            states = self._state[numbers.numpy()]
             if (states == _NOT_NEEDED).any():
                 raise ValueError(
                     "a snapshot gives each of its rows once; some of these were read before, or never in it"
                 )
-            fields = read_either(self._store.blocks, rows, self._copies, torch.from_numpy(states))
-            self._release(rows, torch.from_numpy(states[states >= 0]))
+            places = torch.from_numpy(states).to(rows.device)
+            fields = read_either(self._store.blocks, rows, self._copies, places)
+            self._release(numbers, torch.from_numpy(states[states >= 0]))
         return fields
 
     def _release(self, rows: Tensor, places: Tensor) -> None:
@@ -113,6 +116,7 @@ class StoreSnapshot:
     def close(self, rows: Tensor) -> None:
         """Stop protecting rows [N] of one table, read or not."""
         with self._changed:
+            rows = rows.cpu()
             states = self._state[rows.numpy()]
             self._release(rows, torch.from_numpy(states[states >= 0]))
             self._num_open -= 1

@@ -57,6 +57,11 @@ def low_seconds(seconds: Tensor) -> Tensor:
     return torch.where(seconds >= 1 << 31, seconds - (1 << 32), seconds).to(torch.int32)
 
 
+def low_second(seconds: int) -> int:
+    """Return low_seconds of one reading."""
+    return seconds - (1 << 32) if seconds >= 1 << 31 else seconds
+
+
 def from_low_seconds(low: Tensor) -> Tensor:
     """Return the readings, int64, that low_seconds cut."""
     return low.long() & 0xFFFFFFFF

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from recis.embedding.config import TableConfig
 from recis.embedding.counters import TableCounters
-from recis.embedding.lookups import FOUND, FULL, INSERTED, NUM_OUTCOMES, REJECTED, StoreLookup, tally
+from recis.embedding.lookups import FOUND, FULL, INSERTED, NUM_OUTCOMES, REJECTED
 
 _EVICTED, _DEFAULT_READS = NUM_OUTCOMES, NUM_OUTCOMES + 1
 _SAVED = ("found", "inserted", "rejected", "full", "evicted", "default_reads")
 
 
 class StoreTotals:
-    """Counters of T tables.
+    """Counters of T tables: what the host counted, and on a GPU what was last read of the device's counts.
 
     Attributes:
         limits: int64 [T] numpy, max_rows; the largest int64 where there is none.
@@ -26,15 +26,20 @@ class StoreTotals:
         self._totals = np.zeros(
             (len(configs), len(_SAVED)), dtype=np.int64
         )  # columns: outcomes, evicted, default_reads
+        self._late = np.zeros_like(self._totals)  # counted on a device, see set_late
         self._warned = np.zeros(len(configs), dtype=np.int64)
         none = np.iinfo(np.int64).max
         self.limits = np.array([none if config.max_rows is None else config.max_rows for config in configs])
         self.has_limits = any(config.max_rows is not None for config in configs)
 
-    def add_step(self, records: Sequence[StoreLookup]) -> None:
-        """Add the lookups of a step that ended."""
-        if records:
-            self._totals[:, :NUM_OUTCOMES] += tally(records, len(self._configs)).numpy()
+    def add_step(self, outcomes: np.ndarray) -> None:
+        """Add distinct ids of a step that ended, per table and outcome, int64 [T, 4]."""
+        self._totals[:, :NUM_OUTCOMES] += outcomes
+
+    def set_late(self, counts: np.ndarray) -> None:
+        """Set what a device has counted so far, int64 [T, 5] (outcomes, default reads); older readings change nothing."""
+        columns = [*range(NUM_OUTCOMES), _DEFAULT_READS]
+        self._late[:, columns] = np.maximum(self._late[:, columns], counts)
 
     def add_default_reads(self, reads: Tensor) -> None:
         """Add positions [T] that read-only lookups found no row for."""
@@ -46,7 +51,7 @@ class StoreTotals:
 
     def warn_if_full(self) -> None:
         """Warn of ids that met max_rows: at the first, then whenever their number has more than doubled."""
-        full = self._totals[:, FULL]
+        full = self._totals[:, FULL] + self._late[:, FULL]
         for table in np.flatnonzero(full > 2 * self._warned).tolist():
             config = self._configs[table]
             warnings.warn(
@@ -57,11 +62,11 @@ class StoreTotals:
             )
             self._warned[table] = full[table]
 
-    def counters(self, table: int, records: Sequence[StoreLookup], *, size: int, allocated: int) -> TableCounters:
-        """Return the totals of one table with the step under way; allocated: rows of the store."""
-        now = self._totals[table].copy()
-        if records:
-            now[:NUM_OUTCOMES] += tally(records, len(self._configs))[table].numpy()
+    def counters(self, table: int, under_way: np.ndarray | None, *, size: int, allocated: int) -> TableCounters:
+        """Return the totals of one table with outcomes [4] of the step under way; allocated: rows of the store."""
+        now = self._totals[table] + self._late[table]
+        if under_way is not None:
+            now[:NUM_OUTCOMES] += under_way
         return TableCounters(
             found=int(now[FOUND]),
             inserted=int(now[INSERTED]),
@@ -75,12 +80,12 @@ class StoreTotals:
 
     def clear(self, table: int) -> None:
         """Set one table's totals to zero."""
-        self._totals[table] = 0
+        self._totals[table] = -self._late[table]
         self._warned[table] = 0
 
     def state(self, table: int) -> dict[str, int]:
         """Return the totals of one table by name."""
-        counters = self.counters(table, (), size=0, allocated=0)
+        counters = self.counters(table, None, size=0, allocated=0)
         return {name: getattr(counters, name) for name in _SAVED}
 
     def load(self, table: int, state: dict[str, int]) -> None:
@@ -94,5 +99,5 @@ class StoreTotals:
             "default_reads": _DEFAULT_READS,
         }
         for name, column in columns.items():
-            self._totals[table, column] = state[name]
+            self._totals[table, column] = state[name] - self._late[table, column]
         self._warned[table] = state["full"]

@@ -32,7 +32,7 @@ def changed_rows(
         return ids, rows
     _require_base(store, table)
     recent = store.blocks.read(rows, ("last_seen",))["last_seen"] > since_step
-    recent |= torch.isin(ids, store.logs[table].hand_written())
+    recent |= torch.isin(ids, store.logs[table].hand_written().to(ids.device))
     return ids[recent], rows[recent]
 
 
@@ -80,14 +80,14 @@ def insert(store: "RowStore", table: int, ids: Tensor, weights: Tensor, state: M
     fields = {"ids": ids, "weight": weights, **{f"state.{name}": values for name, values in (state or {}).items()}}
     fields = _checked_fields(store, table, fields)
     last = {row_id: place for place, row_id in enumerate(fields["ids"].tolist())}
-    kept = torch.tensor(sorted(last.values()), dtype=torch.int64)
+    kept = torch.tensor(sorted(last.values()), dtype=torch.int64).to(store.device)
     fields = {name: values[kept] for name, values in fields.items()}
     ids = fields.pop("ids")
     rows = _rows_for(store, table, ids, fresh=False)
     store.blocks.write(rows, {**fields, "last_seen": torch.full((ids.numel(),), store.step, dtype=torch.int32)})
     if store.has_clock:
         store.write_clock(rows, torch.full_like(ids, store.clock.now()))
-    store.admission.forget(ids, torch.full((ids.numel(),), table, dtype=torch.int32))
+    _forget_sightings(store, table, ids)
     _written(store, table, ids)
 
 
@@ -101,7 +101,7 @@ def _rows_for(store: "RowStore", table: int, ids: Tensor, *, fresh: bool) -> Ten
             f"table {_name(store, table)}: {new.numel()} new rows beside {store.sizes[table]} would pass max_rows="
             f"{limit}; raise max_rows or bring fewer rows"
         )
-    tables = torch.full((ids.numel(),), table, dtype=torch.int32)
+    tables = torch.full((ids.numel(),), table, dtype=torch.int32, device=ids.device)
     if new.numel() == ids.numel():  # a table being loaded
         return store.place(ids, tables)
     if new.numel():
@@ -113,6 +113,10 @@ def _rows_for(store: "RowStore", table: int, ids: Tensor, *, fresh: bool) -> Ten
         old = (held >= 0).nonzero().squeeze(1)
         store.initialise(rows[old], ids[old], tables[old])
     return rows
+
+
+def _forget_sightings(store: "RowStore", table: int, ids: Tensor) -> None:
+    store.admission.forget(ids.cpu(), torch.full((ids.numel(),), table, dtype=torch.int32))
 
 
 def _written(store: "RowStore", table: int, ids: Tensor) -> None:
@@ -153,7 +157,7 @@ def remove(store: "RowStore", table: int, ids: Tensor) -> int:
     """Take rows away by hand, see HashTable.remove."""
     ids, _, _ = store.one_range(ids, table)
     ids = ids.unique()
-    store.admission.forget(ids, torch.full((ids.numel(),), table, dtype=torch.int32))
+    _forget_sightings(store, table, ids)
     rows = store.index.find(ids, table)
     rows = rows[rows >= 0]
     store.free(rows)
@@ -173,16 +177,19 @@ def evict_older_than(store: "RowStore", table: int, step: int) -> Tensor:
 
 def clear(store: "RowStore", table: int) -> None:
     """Make a table as new, see HashTable.clear."""
-    wanted = torch.zeros(store.reserved + 1, dtype=torch.bool)  # the last: default rows, which stay
+    wanted = torch.zeros(
+        store.reserved + 1, dtype=torch.bool, device=store.device
+    )  # the last: default rows, which stay
     wanted[table] = True
     store.free(store.owners.rows_of(wanted))
     store.index.clear(table)
     store.admission.clear(table)
+    store.lookups.pull_totals()
     store.totals.clear(table)
     store.forget_lookups(table)
     store.t[table] = 0
     if int(store.defaults.rows[table]) >= 0:
-        store.initialise_default_rows(torch.tensor([table]))
+        store.initialise_default_rows(torch.tensor([table]).to(store.device))
 
 
 def reserve(store: "RowStore", table: int, num_rows: int) -> None:
@@ -194,11 +201,13 @@ def reserve(store: "RowStore", table: int, num_rows: int) -> None:
 
 def table_state(store: "RowStore", table: int) -> dict[str, Any]:
     """Return what a table knows beside rows and sightings, JSON-able."""
+    store.lookups.pull_totals()
     return {"t": int(store.t[table]), "counters": store.totals.state(table)}
 
 
 def load_table_state(store: "RowStore", table: int, state: Mapping[str, Any]) -> None:
     """Set what table_state returned; what the table was loaded from is the base of its next delta."""
+    store.lookups.pull_totals()
     store.totals.load(table, state["counters"])
     store.t[table] = int(state["t"])
     store.logs[table].start()
@@ -227,7 +236,7 @@ def load_tensor_state(store: "RowStore", table: int, state: Mapping[str, Tensor]
         store.blocks.write(row, default)
     log = store.logs[table]
     if log.started:
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device=store.device)
         removed, written = state.get("log.removed", none), state.get("log.written", none)
         if merge:
             removed, written = torch.cat([log.tombstones(), removed]), torch.cat([log.hand_written(), written])

@@ -5,9 +5,10 @@
 Every table is a param group, under its name, so learning rates and the other numbers are read at each step and torch's
 schedulers work. A step is one pass per row store: sums of duplicates, the equation, metadata (see
 recis_kernels.sparse_update). t, the number of steps of a table, lives in its store and goes into the checkpoint with it.
+On a GPU a step waits for nothing, so a gradient that is not finite is named a step later.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from recis.errors import CheckpointError, ConfigError, RecisError
 from recis.optim.config import RowOptimizer, group_names
 from recis.optim.stores import describe_rows, names_of, shortened, stores_of
-from recis_kernels.sparse_update import fused_update
+from recis_kernels.row_grads import PendingLookup
+from recis_kernels.sparse_update import fused_update, fused_update_flags
 
 
 class NonFiniteGradient(RecisError):
@@ -34,7 +36,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             otherwise `step` raises after all other rows are updated.
 
     Attributes:
-        num_skipped: rows left out because of `skip_nonfinite`, in all.
+        num_skipped: rows left out because of `skip_nonfinite`, in all; on a GPU reading it waits for the device.
 
     Raises:
         ConfigError: accumulate_steps below 1, or nothing with tables was given.
@@ -48,7 +50,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._stores = stores_of(source)
         self.accumulate_steps = accumulate_steps
         self.skip_nonfinite = skip_nonfinite
-        self.num_skipped = 0
+        self._num_skipped = 0
+        self._skipped_there: dict[torch.device, Tensor] = {}  # counted on a GPU since
         self._calls = 0
         groups = [
             # torch wants a tensor in every group; the rows are not one, so an empty parameter stands for them
@@ -68,7 +71,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Update all touched rows once, or count the call while gradients accumulate.
 
         Raises:
-            NonFiniteGradient: naming table, id and step.
+            NonFiniteGradient: naming table, id and step. Of rows on a GPU a later `end_step` of their tables raises it.
         """
         loss = None
         if closure is not None:
@@ -84,11 +87,15 @@ class SparseOptimizer(torch.optim.Optimizer):
             first += len(store.configs)
             faults += self._update(store, groups)
         if faults:
-            raise NonFiniteGradient(
-                f"a gradient is not finite: {shortened(faults)}; these rows were left as they were. "
-                "Lower the learning rate, clip gradients, or set skip_nonfinite"
-            )
+            raise _not_finite(faults)
         return loss
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows left out because of `skip_nonfinite`, in all."""
+        self._num_skipped += sum(int(count) for count in self._skipped_there.values())
+        self._skipped_there.clear()
+        return self._num_skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has used; while they accumulate, nothing."""
@@ -105,14 +112,33 @@ class SparseOptimizer(torch.optim.Optimizer):
         scalars = self._scalars(store, groups)
         for lookup in lookups:
             store.before_write(lookup.rows)
-        merged, bad = fused_update(store.blocks, lookups, rule, scalars, step=store.step, keys=store.keys)
+        given: dict[str, Any] = {"step": store.step, "keys": store.keys, "deterministic": store.deterministic}
+        if store.is_padded:
+            merged, is_bad = fused_update_flags(store.blocks, lookups, rule, scalars, **given)
+            store.mark_applied()
+            self._look_later(store, merged, is_bad)
+            return []
+        merged, bad = fused_update(store.blocks, lookups, rule, scalars, **given)
         store.mark_applied()
         if not bad.numel():
             return []
         if self.skip_nonfinite:
-            self.num_skipped += bad.numel()
+            self._num_skipped += bad.numel()
             return []
         return describe_rows(store, merged, bad)
+
+    def _look_later(self, store: Any, merged: PendingLookup, is_bad: Tensor) -> None:
+        """Count rows with a gradient that is not finite, or have them named a step later, without a host sync."""
+        count, step = is_bad.sum(), store.step
+        if self.skip_nonfinite:
+            self._skipped_there[count.device] = self._skipped_there.get(count.device, 0) + count
+            return
+        rows = PendingLookup(merged.rows, merged.table_of_row, merged.counts)  # without the gradients
+
+        def explain(_: int) -> Exception:
+            return _not_finite(describe_rows(store, rows, is_bad.nonzero().squeeze(1), step))
+
+        store.faults.ask(count, explain)
 
     def _scalars(self, store: Any, groups: list[dict[str, Any]]) -> Tensor:
         lines = []
@@ -144,9 +170,17 @@ class SparseOptimizer(torch.optim.Optimizer):
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved[name].items()}
             group.update(values)
         self._calls = state_dict["calls"]
-        self.num_skipped = state_dict["num_skipped"]
+        self._num_skipped = state_dict["num_skipped"]
+        self._skipped_there.clear()
 
     @property
     def table_names(self) -> list[str]:
         """Names of the tables, in the order of the param groups."""
         return names_of(self._stores)
+
+
+def _not_finite(places: Sequence[str]) -> NonFiniteGradient:
+    return NonFiniteGradient(
+        f"a gradient is not finite: {shortened(places)}; these rows were left as they were. "
+        "Lower the learning rate, clip gradients, or set skip_nonfinite"
+    )

@@ -36,12 +36,12 @@ def names_of(stores: Sequence[Any]) -> list[str]:
     return [config.name for store in stores for config in store.configs]
 
 
-def describe_rows(store: Any, lookup: PendingLookup, indices: Tensor) -> list[str]:
-    """Return "table 'item', id 42, step 7" for rows of a lookup, given by index [M]."""
+def describe_rows(store: Any, lookup: PendingLookup, indices: Tensor, step: int | None = None) -> list[str]:
+    """Return "table 'item', id 42, step 7" for rows of a lookup, given by index [M]; step None: the one under way."""
     ids = store.blocks.read(lookup.rows[indices], ("id",))["id"].tolist()
     tables = lookup.table_of_row[indices].tolist()
     return [
-        f"table {store.configs[table].name!r}, id {number}, step {store.step}"
+        f"table {store.configs[table].name!r}, id {number}, step {store.step if step is None else step}"
         for table, number in zip(tables, ids, strict=True)
     ]
 
