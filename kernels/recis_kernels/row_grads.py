@@ -221,6 +221,10 @@ def _(inverses, offsets, factors, grads, strides, per_position, micro_batches, n
 
 
 def _reference(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
+    return _wide_sums(views, num_rows, dim).float()
+
+
+def _wide_sums(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
     sums = torch.zeros(num_rows, dim, dtype=torch.float64)
     for view in views:
         if view.grad is None:
@@ -231,7 +235,7 @@ def _reference(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
                 if u >= 0:
                     factor = 1.0 if view.factors is None else view.factors[p].double()
                     sums[u] += factor * view.grad[p if view.per_position else bag].double()
-    return sums.float()
+    return sums
 
 
 def _triton(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
@@ -264,22 +268,57 @@ def _sums(lists: GradLists, dim: int) -> Tensor:
 
 
 def row_square_sums(lookup: PendingLookup, dim: int, *, impl: Impl = "auto") -> Tensor:
-    """Return the squared norm of each row's summed and scaled gradient, [U] float64; 0 where no row or no gradient is."""
-    norms = choose(impl, lookup.rows, triton=_squares_triton, numba=_squares_numba)(lookup, dim)
+    """Return the squared norm of each row's summed and scaled gradient, [U] float64; 0 where no row or no gradient is.
+
+    Raises:
+        ValueError: as reduce_grads.
+    """
+    if torch.compiler.is_compiling():
+        norms = _square_op(lookup.rows, *split_views(lookup.views), dim, impl)
+    else:
+        norms = _squares(lookup.rows, lookup.views, dim, impl)
     scale = lookup.scale.double() if isinstance(lookup.scale, Tensor) else lookup.scale
-    return norms.mul_(scale**2)
+    return norms * scale**2
 
 
-def _squares_triton(lookup: PendingLookup, dim: int) -> Tensor:
-    rows = lookup.rows.contiguous()
-    lists = list_grads_on_device(lookup.views, rows.numel(), dim, rows.device)
-    return square_lists(lists, rows, dim)
+def _squares(rows: Tensor, views: Sequence[RowGrad], dim: int, impl: Impl) -> Tensor:
+    version = choose(impl, rows, triton=_squares_triton, numba=_squares_numba, reference=_squares_reference)
+    return version(rows.contiguous(), views, dim)
 
 
-def _squares_numba(lookup: PendingLookup, dim: int) -> Tensor:
-    lists = list_grads(lookup.views, lookup.rows.numel(), dim)
-    norms = torch.zeros(lookup.rows.numel(), dtype=torch.float64)
-    rows = lookup.rows.contiguous()
+@torch.library.custom_op("recis::row_square_sums", mutates_args=())
+def _square_op(
+    rows: Tensor,
+    inverses: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    strides: Sequence[int],
+    per_position: Sequence[bool],
+    micro_batches: Sequence[int],
+    dim: int,
+    impl: str,
+) -> Tensor:
+    views = join_views(inverses, offsets, factors, grads, strides, per_position, micro_batches)
+    return _squares(rows, views, dim, impl)  # type: ignore[arg-type]
+
+
+@_square_op.register_fake
+def _(rows, inverses, offsets, factors, grads, strides, per_position, micro_batches, dim, impl):
+    return rows.new_empty(rows.shape, dtype=torch.float64)
+
+
+def _squares_reference(rows: Tensor, views: Sequence[RowGrad], dim: int) -> Tensor:
+    return torch.where(rows >= 0, _wide_sums(views, rows.numel(), dim).square().sum(1), 0.0)
+
+
+def _squares_triton(rows: Tensor, views: Sequence[RowGrad], dim: int) -> Tensor:
+    return square_lists(list_grads_on_device(views, rows.numel(), dim, rows.device), rows, dim)
+
+
+def _squares_numba(rows: Tensor, views: Sequence[RowGrad], dim: int) -> Tensor:
+    lists = list_grads(views, rows.numel(), dim)
+    norms = torch.zeros(rows.numel(), dtype=torch.float64)
 
     def loop(start: int, stop: int) -> None:
         scratch = lane_scratch(dim, 1)

@@ -296,7 +296,7 @@ def test_reduced_lookup_has_each_row_once():
     assert torch.equal(reduce_grads(reduced.views, 4, 4)[:3], folded(lookup.views, 3, 4))
 
 
-@pytest.mark.parametrize("impl", ["triton", "numba"])
+@pytest.mark.parametrize("impl", ["triton", "numba", "reference"])
 @pytest.mark.parametrize("dim", [1, 16, 21])
 def test_square_sums_leave_out_absent_rows(dim, impl):
     lookup = lookup_of([5, -1, 9, 2], random_view(2, 6, 3, dim, factors=True), scale=0.5)
@@ -304,6 +304,32 @@ def test_square_sums_leave_out_absent_rows(dim, impl):
     want = sums.square().sum(1)
     want[1] = 0
     torch.testing.assert_close(row_square_sums(lookup, dim, impl=impl), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["triton", "numba", "reference"])
+def test_square_sums_of_duplicates_only_and_of_nothing(impl):
+    """700 contributions of one row: 700 times (1, 2), whose square is 700^2 (1 + 4); rows without any are 0."""
+    view = RowGrad(torch.ones(700, dtype=torch.int64), torch.arange(701), 700, grad=torch.tensor([[1.0, 2.0]] * 700))
+    lookup = PendingLookup(torch.tensor([4, 2, 8]), torch.zeros(3).int(), torch.ones(3).int(), [view])
+    assert row_square_sums(lookup, 2, impl=impl).tolist() == [0.0, 700.0**2 * 5, 0.0]
+    assert row_square_sums(replace(lookup, views=[]), 2, impl=impl).tolist() == [0.0, 0.0, 0.0]
+    none = torch.empty(0, dtype=torch.int64)
+    assert row_square_sums(PendingLookup(none, none.int(), none.int(), []), 2, impl=impl).shape == (0,)
+
+
+@pytest.mark.parametrize("impl", ["triton", "numba", "reference"])
+def test_square_sums_are_known_to_torch(impl):
+    view, rows = random_view(2, 6, 3, 4, factors=True), torch.tensor([5, -1, 9])
+    parts = ([view.inverse], [view.offsets], [view.factors], [view.grad], [6], [False], [0])
+    torch.library.opcheck(torch.ops.recis.row_square_sums.default, (rows, *parts, 4, impl))
+
+    def run(rows, grad, scale):
+        own = RowGrad(view.inverse, view.offsets, 6, factors=view.factors, grad=grad * 2)
+        lookup = PendingLookup(rows, torch.zeros(3).int(), torch.ones(3).int(), [own], scale)
+        return row_square_sums(lookup, 4, impl=impl)
+
+    args = rows, view.grad, torch.tensor(0.5)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(*args), run(*args))
 
 
 @pytest.mark.parametrize(
