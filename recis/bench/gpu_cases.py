@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis.bench import model_cases, op_cases, peers, value_cases
+from recis.bench import model_cases, op_cases, peers, table_cases, value_cases
 from recis.bench.harness import copy_gb_per_s, device_name
 from recis.bench.inputs import draw_rows, filled_blocks, filled_index
 from recis.bench.op_cases import Point, Work
@@ -179,6 +179,15 @@ def _embedding_cases() -> list[GpuCase]:
             ("dynamic-eval", {"train": False}, 0.45),
             ("dynamic-train-deterministic", {"deterministic": True}, None),
         )
+    ]
+    cases += [
+        GpuCase(
+            name=f"table-step-{name}",
+            build=partial(table_cases.table_step, **how),
+            full=replace(_STEP, distribution="zipf", num_inputs=4),
+            small=_SMALL | {"dim": 8},
+        )
+        for name, how in (("always", {}), ("max-rows", {"max_rows": 1 << 30}))
     ]
     return cases
 
