@@ -11,6 +11,7 @@ The hand rules are strong on the PriceRunner task because its labels come from t
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ def bm25_scores(
     """
     index = BM25([text.split() for text in item_texts])
     out = np.empty(len(query))
-    starts = np.flatnonzero(np.append(True, query[1:] != query[:-1])) if len(query) else []
-    for start, stop in zip(starts, [*starts[1:], len(query)], strict=True):
+    changes = np.flatnonzero(query[1:] != query[:-1]) + 1
+    for start, stop in pairwise([0, *changes.tolist(), len(query)] if len(query) else []):
         out[start:stop] = index.scores(query_texts[int(query[start])].split())[item[start:stop]]
     return out
 

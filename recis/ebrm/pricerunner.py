@@ -11,7 +11,7 @@ category only. What the labels measure is whether constraints are met, not taste
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class Task:
     titles: tuple[TitleFacts, ...]
     """One per offer."""
     parts: Mapping[str, Part]
+    _entities: dict[int, tuple[Entity, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def item_text(self, offer: int) -> str:
         """Return title and category noun: what every text model scores."""
@@ -66,7 +67,9 @@ class Task:
 
     def entities(self, offer: int) -> tuple[Entity, ...]:
         """Return the entities of an offer: its category, and what its title states."""
-        return title_entities(self.titles[offer], self.schema)
+        if offer not in self._entities:
+            self._entities[offer] = title_entities(self.titles[offer], self.schema)
+        return self._entities[offer]
 
     def item(self, offer: int) -> Item:
         """Return an offer as an item; its id is the product id."""

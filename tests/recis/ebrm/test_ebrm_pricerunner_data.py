@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 
-from recis.ebrm.pricerunner import usable_attributes
+from recis.ebrm.baselines import bm25_scores, hand_rule_scores
+from recis.ebrm.evaluate import EvalPairs, evaluate, roc_auc
+from recis.ebrm.pricerunner import build_eval, usable_attributes
 from recis.ebrm.pricerunner_coverage import coverage
 from recis.ebrm.pricerunner_grades import grade, is_visible
-from recis.ebrm.pricerunner_labels import learn_dictionaries
+from recis.ebrm.pricerunner_labels import Dictionaries, learn_dictionaries
+from recis.ebrm.pricerunner_leaks import MAX_GAIN_PERMUTED, MAX_ITEM_AUC, MAX_QUERY_AUC, leak_aucs, permuted_offers
+from recis.ebrm.pricerunner_qe import gold_qe, stage_a_rows
 from recis.ebrm.pricerunner_queries import parse_query
-from recis.ebrm.pricerunner_split import groups, part_of_group
+from recis.ebrm.pricerunner_split import Catalogue, groups, part_of_group
 from recis.ebrm.pricerunner_text import noun_of
 from recis.ebrm.pricerunner_titles import title_entities, title_facts
 
@@ -143,3 +147,118 @@ def test_items_hold_no_label_text(pricerunner_task):
         assert item.entities == title_entities(again, task.schema)
         assert item.title == own.title
         assert task.item_text(offer) == f"{own.title} {noun_of(category)}"
+
+
+def _scores(task, part, offers):
+    """BM25 on the item text, BM25 on the title alone, and hand rules, for a part's pairs with the given offers."""
+    query_texts = [query.text for query in part.queries]
+    order = np.unique(offers)
+    at = np.searchsorted(order, offers)
+    texts = [task.item_text(offer) for offer in order.tolist()]
+    titles = [task.catalogue.offers[offer].title for offer in order.tolist()]
+    entities = {offer: task.entities(offer) for offer in order.tolist()}
+    return {
+        "bm25": bm25_scores(query_texts, texts, part.pairs.query, at),
+        "bm25_title": bm25_scores(query_texts, titles, part.pairs.query, at),
+        "hand_rules": hand_rule_scores(query_texts, entities, task.schema, task.dictionaries, part.pairs.query, offers),
+    }
+
+
+def test_one_text_alone_knows_little(pricerunner_task):
+    pytest.importorskip("sklearn")
+    aucs = leak_aucs(pricerunner_task, max_train_queries=1200)
+    assert aucs["item_text"] <= MAX_ITEM_AUC
+    assert aucs["query_text"] <= MAX_QUERY_AUC
+    assert aucs["category"] == pytest.approx(0.67, abs=0.02)
+    part = pricerunner_task.parts["test"]
+    for name, scores in _scores(pricerunner_task, part, permuted_offers(pricerunner_task, part)).items():
+        assert roc_auc(scores, part.pairs.label) <= aucs["query_and_category"] + MAX_GAIN_PERMUTED, name
+
+
+def test_permuted_titles_stay_in_their_category(pricerunner_task):
+    task, part = pricerunner_task, pricerunner_task.parts["test"]
+    stand_in = permuted_offers(task, part)
+    category = [task.catalogue.categories[offer.cluster_id] for offer in task.catalogue.offers]
+    assert [category[n] for n in stand_in.tolist()] == [category[n] for n in part.pairs.offer.tolist()]
+    assert sorted(set(stand_in.tolist())) == sorted(set(part.pairs.offer.tolist()))
+    assert np.mean(stand_in == part.pairs.offer) < 0.05
+
+
+def test_sanity_bands(pricerunner_task):
+    part = pricerunner_task.parts["test"]
+    aucs = {
+        name: roc_auc(scores, part.pairs.label)
+        for name, scores in _scores(pricerunner_task, part, part.pairs.offer).items()
+    }
+    assert 0.65 <= aucs["bm25_title"] <= 0.75  # the band was measured on titles alone: the category noun adds .07
+    assert aucs["bm25_title"] < aucs["bm25"] < 0.82
+    assert 0.92 <= aucs["hand_rules"] <= 0.98  # expected up to .96; the entity rules find more than was expected
+
+
+def test_gold_qe_by_type(pricerunner_task):
+    task = pricerunner_task
+    part = task.parts["dev"]
+    gold = gold_qe(task, part)
+    for number, entity, kind, label in zip(
+        gold.query.tolist(), gold.entity, gold.type, gold.label.tolist(), strict=True
+    ):
+        wanted = part.queries[number].constraints.get(str(kind))
+        assert entity.startswith(f"{kind}:")
+        if wanted is None:
+            assert label == 1
+        elif kind != "model":
+            assert label == (entity.partition(":")[2] in wanted)
+    assert len(set(zip(gold.query.tolist(), gold.entity, strict=True))) == len(gold.entity)
+    assert 0 < gold.label[gold.type == "model"].mean() < 1
+
+
+def test_stage_a_rows_agree_with_gold(pricerunner_task):
+    """Labels from queries and clicks are no gold, but not far from it; click negatives of types nobody named are."""
+    task = pricerunner_task
+    part = task.parts["dev"]
+    gold = gold_qe(task, part)
+    truth = {
+        (part.queries[number].text, entity): label
+        for number, entity, label in zip(gold.query.tolist(), gold.entity, gold.label.tolist(), strict=True)
+    }
+
+    def agreement(rows, source):
+        hits = [row.y == truth[key] for row in rows if row.src == source and (key := (row.query, row.entity)) in truth]
+        assert len(hits) > 200
+        return np.mean(hits)
+
+    rows = stage_a_rows(task, part)
+    assert rows == stage_a_rows(task, part)
+    assert agreement(rows, "mention") > 0.97
+    assert agreement(rows, "clicks") > 0.93
+    assert agreement(stage_a_rows(task, part, keep_free_negatives=True), "clicks") < 0.80
+    nones = {row.entity: row for row in rows if row.entity.endswith(":none") and row.w == 1.0}
+    assert 0.0 <= nones["brand:none"].y < 0.5
+
+
+def test_unseen_files_use_every_row_and_the_dictionaries_of_the_model(pricerunner_task, tmp_path):
+    task = pricerunner_task
+    known = Dictionaries.from_json(task.dictionaries.to_json())
+    clusters = set(task.parts["dev"].clusters[:300])
+    some = [offer for offer in task.catalogue.offers if offer.cluster_id in clusters]
+    unseen = Catalogue(
+        offers=tuple(some),
+        labels={cluster: task.catalogue.labels[cluster] for cluster in clusters},
+        categories={cluster: task.catalogue.categories[cluster] for cluster in clusters},
+    )
+    built = build_eval(unseen, known)
+    assert list(built.parts) == ["eval"]
+    part = built.parts["eval"]
+    assert len(part.queries) == 300
+    assert part.clusters == tuple(sorted(clusters))
+    assert part.offers == tuple(range(len(some)))
+    assert {query.part for query in part.queries} == {"eval"}
+    assert built.dictionaries == task.dictionaries
+    metrics = evaluate(
+        EvalPairs(
+            query=part.pairs.query, grade=part.pairs.grade, visible=part.pairs.visible, tie=built.ties(part.pairs)
+        ),
+        _scores(built, part, part.pairs.offer)["hand_rules"],
+    )
+    assert metrics["roc_auc"] > 0.9
+    assert metrics["visible.roc_auc"] > metrics["roc_auc"]
