@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from recis_kernels.dispatch import checks_enabled
+from recis_kernels.contents import is_asked, require_offsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MAX_DIM = 256
@@ -137,14 +137,8 @@ def check_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
 
 def check_contents(inputs: AttentionInputs) -> None:
     """Raise ValueError unless offsets, boundaries and target counts hold what they must; reads them on the host."""
-    spans = (("query_offsets", inputs.query_offsets, inputs.query), ("key_offsets", inputs.key_offsets, inputs.key))
-    for name, offsets, rows in spans:
-        ends = offsets.cpu()
-        if int(ends[0]) != 0 or int(ends[-1]) != rows.shape[0] or bool((ends.diff() < 0).any()):
-            raise ValueError(
-                f"{name} must ascend from 0 to the number of rows, {rows.shape[0]}; "
-                f"got {int(ends[0])} .. {int(ends[-1])}, smallest step {int(ends.diff().min()) if len(ends) > 1 else 0}"
-            )
+    require_offsets(inputs.query_offsets, inputs.query.shape[0], whole=True)
+    require_offsets(inputs.key_offsets, inputs.key.shape[0], whole=True, name="key_offsets")
     if inputs.boundaries is not None and bool((inputs.boundaries.diff() < 0).any()):
         raise ValueError("time.boundaries must ascend; sort them")
     if inputs.num_targets is not None:
@@ -155,7 +149,7 @@ def check_contents(inputs: AttentionInputs) -> None:
 
 def check_contents_if_asked(inputs: AttentionInputs) -> None:
     """On the CPU the contents are at hand and always checked; elsewhere only inside recis_kernels.checks()."""
-    if inputs.query.device.type == "cpu" or checks_enabled():
+    if (inputs.query.device.type == "cpu" and not torch.compiler.is_compiling()) or is_asked():
         check_contents(inputs)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels.bag_factors_triton import mean_factor_grads, mean_factors
+from recis_kernels.contents import check_offsets
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.threads import run_parts, split
 
@@ -45,6 +46,7 @@ def bag_factors(
         raise ValueError(f"mean must be bool [F] with F dividing {num_bags} bags; got {tuple(mean.shape)} {mean.dtype}")
     if weights is not None and (weights.ndim != 1 or not weights.is_floating_point()):
         raise ValueError(f"weights must be floating point [L]; got {tuple(weights.shape)} {weights.dtype}")
+    check_offsets(offsets, num_positions if weights is None else weights.shape[0])
     if not isinstance(mean, Tensor):
         if not mean:
             return None if weights is None else weights.float()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import float32_at, load_int32, load_int64, store_float32
-from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
+from recis_kernels.contents import check_offsets, check_range
+from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.embedding_bag_triton import gather, pool, pull_factors
 from recis_kernels.lanes import fold_rows, lane_scratch, lane_sum
 from recis_kernels.prefetch import prefetch
@@ -68,9 +69,10 @@ def embedding_bag(
         ValueError: a shape or dtype does not fit.
     """
     inverse = _checked_inverse(blocks, rows, inverse)
-    _check_offsets(offsets)
-    if factors is not None and (factors.ndim != 1 or factors.dtype != torch.float32):
-        raise ValueError(f"factors must be [L] float32; got {tuple(factors.shape)} {factors.dtype}")
+    num_positions = (rows if inverse is None else inverse).numel()
+    _check_offsets(offsets, num_positions)
+    if factors is not None and (factors.shape != (num_positions,) or factors.dtype != torch.float32):
+        raise ValueError(f"factors must be [{num_positions}] float32; got {tuple(factors.shape)} {factors.dtype}")
     needs_grad = factors is not None and factors.requires_grad and torch.is_grad_enabled()
     if needs_grad or torch.compiler.is_compiling():
         return _bag_op(blocks.blocks, blocks.layout_key, blocks.shift, rows, inverse, offsets, factors, impl)
@@ -91,7 +93,7 @@ def factor_grads(
     Positions outside all bags get 0. Raises ValueError when a shape or dtype does not fit.
     """
     inverse = _checked_inverse(blocks, rows, inverse)
-    _check_offsets(offsets)
+    _check_offsets(offsets, (rows if inverse is None else inverse).numel())
     if tuple(grad.shape) != (offsets.numel() - 1, blocks.layout.dim):
         raise ValueError(f"grad must be {(offsets.numel() - 1, blocks.layout.dim)}; got {tuple(grad.shape)}")
     if torch.compiler.is_compiling():
@@ -100,7 +102,14 @@ def factor_grads(
 
 
 def tile_positions(offsets: Tensor, num_kept: int) -> Tensor:
-    """Return [N * num_kept] int64: the first num_kept positions of each bag, -1 where the bag is shorter."""
+    """Return [N * num_kept] int64: the first num_kept positions of each bag, -1 where the bag is shorter.
+
+    Raises:
+        ValueError: offsets is not [N + 1] int64, or num_kept is negative; inside `checks()`, offsets that do not ascend.
+    """
+    _check_offsets(offsets, None)
+    if num_kept < 0:
+        raise ValueError(f"num_kept must be at least 0; got {num_kept}")
     positions = offsets[:-1, None] + torch.arange(num_kept, device=offsets.device)
     return torch.where(positions < offsets[1:, None], positions, -1).reshape(-1)
 
@@ -110,16 +119,15 @@ def _checked_inverse(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) ->
         raise ValueError(f"rows must be [U] int64; got {tuple(rows.shape)} {rows.dtype}")
     if inverse is not None and (inverse.ndim != 1 or inverse.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"inverse must be [L] int32 or int64; got {tuple(inverse.shape)} {inverse.dtype}")
-    if not torch.compiler.is_compiling() and checks_enabled():
-        for name, values, limit in (("rows", rows, blocks.capacity), ("inverse", inverse, rows.numel())):
-            if values is not None and values.numel() and not (int(values.min()) >= -1 and int(values.max()) < limit):
-                raise ValueError(f"{name} must lie in -1..{limit - 1}; got {int(values.min())}..{int(values.max())}")
+    check_range("rows", rows, -1, blocks.capacity - 1)
+    check_range("inverse", inverse, -1, rows.numel() - 1)
     return None if inverse is None else inverse.contiguous()
 
 
-def _check_offsets(offsets: Tensor) -> None:
+def _check_offsets(offsets: Tensor, num_positions: int | None) -> None:
     if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be [N + 1] int64; got {tuple(offsets.shape)} {offsets.dtype}")
+    check_offsets(offsets, num_positions)
 
 
 def _filled(rows: Tensor, inverse: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from recis_kernels.byte_hash import murmur_pair
 from recis_kernels.byte_hash_triton import largest
 from recis_kernels.byte_hash_triton import murmur_pair as device_murmur_pair
 from recis_kernels.columns import check_columns, column_of_value, to_device
+from recis_kernels.contents import check_offsets
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form, lengths_to_offsets
 from recis_kernels.jagged_triton import bag_of_place
@@ -65,6 +66,7 @@ def feature_cross(
         if ids.ndim != 1 or ids.dtype != torch.int64:
             raise ValueError(f"{name} must be int64 ids [L]; got {tuple(ids.shape)} {ids.dtype}")
         check_offsets_form(offsets)
+        check_offsets(offsets, ids.shape[0], name=f"{name}_offsets")
         if weights is not None and (weights.shape != ids.shape or weights.dtype != torch.float32):
             raise ValueError(
                 f"{name}_weights must be fp32 {tuple(ids.shape)}; got {weights.dtype} {tuple(weights.shape)}"

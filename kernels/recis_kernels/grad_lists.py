@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from recis_kernels.address import load_float32, load_int32, load_int64
-from recis_kernels.dispatch import checks_enabled, njit
+from recis_kernels.contents import check_offsets, check_range
+from recis_kernels.dispatch import njit
 from recis_kernels.lanes import fold_rows
 from recis_kernels.prefetch import prefetch
 from recis_kernels.threads import run_parts, split
@@ -150,18 +151,13 @@ def check_view(view: "RowGrad", num_rows: int, dim: int) -> None:
     if view.grad is None or tuple(view.grad.shape) != want or view.grad.dtype != torch.float32:
         got = None if view.grad is None else (tuple(view.grad.shape), view.grad.dtype)
         raise ValueError(f"grad must be {want} float32; got {got}")
-    if view.factors is not None and (view.factors.ndim != 1 or view.factors.dtype != torch.float32):
-        raise ValueError(f"factors must be [L] float32; got {tuple(view.factors.shape)} {view.factors.dtype}")
-    if checks_enabled():
-        _check_content(view, num_rows)
-
-
-def _check_content(view: "RowGrad", num_rows: int) -> None:
-    offsets, inverse = view.offsets, view.inverse
-    if bool((offsets.diff() < 0).any()) or int(offsets[0]) < 0 or int(offsets[-1]) > inverse.numel():
-        raise ValueError(f"offsets must ascend within 0..{inverse.numel()}; got {int(offsets[0])}..{int(offsets[-1])}")
-    if inverse.numel() and not (int(inverse.min()) >= -1 and int(inverse.max()) < num_rows):
-        raise ValueError(f"inverse must lie in -1..{num_rows - 1}; got {int(inverse.min())}..{int(inverse.max())}")
+    num_positions = view.inverse.numel()
+    if view.factors is not None and (view.factors.shape != (num_positions,) or view.factors.dtype != torch.float32):
+        raise ValueError(
+            f"factors must be [{num_positions}] float32; got {tuple(view.factors.shape)} {view.factors.dtype}"
+        )
+    check_offsets(view.offsets, num_positions)
+    check_range("inverse", view.inverse, -1, num_rows - 1)
 
 
 @njit

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recis_kernels import hash_ops as ops
 from recis_kernels import hash_probe as probe
+from recis_kernels.contents import check_range
 from recis_kernels.dispatch import Impl, choose
 from recis_kernels.hash_ops import LAUNCH_LOAD
 from recis_kernels.hash_segments import SegmentTable
@@ -89,7 +90,7 @@ class HashIndex:
 
     def size(self, segment: int) -> int:
         """Return how many ids the segment holds; one host sync on a GPU, as all that reads counts."""
-        live, side = self.table[segment, [probe.LIVE, probe.SIDE]].tolist()
+        live, side = self.table[self._own(segment), [probe.LIVE, probe.SIDE]].tolist()
         return live + (side >= 0)
 
     def sizes(self) -> Tensor:
@@ -119,7 +120,7 @@ class HashIndex:
 
         ordered: by ascending signed id; False: as they lie in memory, which takes a tenth of the time.
         """
-        slots = self._slots[segment]
+        slots = self._slots[self._own(segment)]
         side = int(self.table[segment, probe.SIDE])
         ids, rows = choose(impl, slots, numba=ops.numba_export, torch=ops.torch_export, triton=ops.torch_export)(
             slots, side
@@ -131,7 +132,7 @@ class HashIndex:
 
     def reserve(self, segment: int, num_ids: int, *, impl: Impl = "auto") -> None:
         """Make room for num_ids ids in all, so that inserts up to there move nothing."""
-        have = int(self._segments.host[segment, probe.SLOTS])
+        have = int(self._segments.host[self._own(segment), probe.SLOTS])
         slots = _slots_for(num_ids, have)
         if slots > have:
             self._segments.pull()
@@ -139,6 +140,7 @@ class HashIndex:
 
     def clear(self, segment: int) -> None:
         """Remove every id of a segment and give its memory back."""
+        self._own(segment)
         self._segments.pull()
         self._slots[segment] = self._no_slots
         self._reset(segment)
@@ -168,8 +170,15 @@ class HashIndex:
         then gets room for some calls more like this one.
 
         Args:
-            segments: int32 [num_ids]; [1] or a number when all ids are of one segment.
+            segments: int32 or int64 [num_ids]; [1] or a number when all ids are of one segment.
+
+        Raises:
+            ValueError: a segment number this index does not have; of a tensor, inside `checks()`.
         """
+        if isinstance(segments, Tensor):
+            check_range("segments", segments, 0, self.num_segments - 1)
+        else:
+            self._own(segments)
         table, slots = self._segments, self._segments.host.numpy()[:, probe.SLOTS]
         if isinstance(segments, Tensor) and segments.numel() == 1 and not table.mirrored:
             segments = int(segments)
@@ -201,15 +210,18 @@ class HashIndex:
         if ids.device.type != self.device.type:
             raise ValueError(f"ids must lie on {self.device} like the index; got {ids.device}: move them")
         if isinstance(segments, int):
-            if not 0 <= segments < self.num_segments:
-                raise ValueError(
-                    f"segment must lie in [0, {self.num_segments}); got {segments}; add_segment() makes one"
-                )
-            return ids.contiguous(), torch.full((1,), segments, dtype=torch.int32, device=ids.device)
+            return ids.contiguous(), torch.full((1,), self._own(segments), dtype=torch.int32, device=ids.device)
         if segments.dtype not in (torch.int32, torch.int64) or segments.shape not in (ids.shape, (1,)):
             wanted = f"int32 or int64 [{ids.numel()}]"
             raise ValueError(f"segments must be a number or {wanted}; got {segments.dtype} {tuple(segments.shape)}")
+        check_range("segments", segments, 0, self.num_segments - 1)
         return ids.contiguous(), segments.to(torch.int32).contiguous()
+
+    def _own(self, segment: int) -> int:
+        """Return the number; ValueError where this index has no such segment."""
+        if not 0 <= segment < self.num_segments:
+            raise ValueError(f"segment must lie in [0, {self.num_segments}); got {segment}; add_segment() makes one")
+        return segment
 
     def _spare_ids(self, touched: np.ndarray, num_ids: int) -> int:
         """Return for how many ids more than needed a growing segment gets room: none on the CPU, whose counts are exact."""
@@ -280,6 +292,7 @@ def insert(index: HashIndex, ids: Tensor, segments: Tensor | int, rows: Tensor, 
     ids, segments = index.checked(ids, segments)
     if rows.shape != ids.shape or rows.dtype != torch.int64:
         raise ValueError(f"rows must be int64 {tuple(ids.shape)}; got {rows.dtype} {tuple(rows.shape)}")
+    check_range("rows", rows, 0, None)  # a row below 0 says that the id is absent
     if ids.numel() == 0:
         return
     if torch.compiler.is_compiling():

@@ -76,7 +76,9 @@ def hstu_attention(
     times = check_time(time, query, key)
     factor = query.shape[2] ** -0.5 if scale is None else float(scale)
     if impl == "reference":
-        return _reference(_inputs(query, key, value, offsets, table, *times, num_targets, causal, factor, max_length))
+        inputs = _inputs(query, key, value, offsets, table, *times, num_targets, causal, factor, max_length)
+        check_contents_if_asked(inputs)
+        return _reference(inputs)
     return _op(query, key, value, offsets, table, *times, num_targets, causal, factor, max_length, impl)
 
 

@@ -27,6 +27,7 @@ from recis_kernels.columns import (
     run_columns,
     values_of_program,
 )
+from recis_kernels.contents import check_offsets
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form
 
@@ -58,6 +59,7 @@ def hash_strings(
     if data.ndim != 1 or data.dtype != torch.uint8:
         raise ValueError(f"data must be uint8 [bytes]; got {tuple(data.shape)} {data.dtype}")
     check_offsets_form(offsets)
+    check_offsets(offsets, data.shape[0])
     _check(offsets.numel() - 1, column_offsets, kinds, num_buckets)
     run = _strings_op if torch.compiler.is_compiling() else _strings
     return run(data, offsets, column_offsets, [KINDS.index(kind) for kind in kinds], _bucket_codes(num_buckets), impl)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels import jagged_triton
+from recis_kernels.contents import check_offsets, check_range
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.jagged_copy import bags_to_padded, padded_to_bags, running_sums
 from recis_kernels.jagged_triton import words
@@ -25,6 +26,7 @@ from recis_kernels.threads import run_parts, split
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """Return the running sums [B + 1] of lengths [B], from 0, in the dtype of lengths."""
     _check_index(lengths, "lengths")
+    check_range("lengths", lengths, 0, None)
     if on_host(lengths):
         offsets = lengths.new_empty(lengths.shape[0] + 1)
         running_sums(lengths.numpy(), offsets.numpy())
@@ -35,12 +37,14 @@ def lengths_to_offsets(lengths: Tensor) -> Tensor:
 def offsets_to_lengths(offsets: Tensor) -> Tensor:
     """Return the bag sizes [B] of offsets [B + 1]."""
     check_offsets_form(offsets)
+    check_offsets(offsets, None)
     return offsets.diff()
 
 
 def bag_of_value(offsets: Tensor, num_values: int, *, impl: Impl = "auto") -> Tensor:
     """Return the bag number of each of the num_values values, int64 [num_values]; offsets must end at num_values."""
     check_offsets_form(offsets)
+    check_offsets(offsets, num_values, whole=True)
     return (_bags_op if torch.compiler.is_compiling() else _bags)(offsets, num_values, impl)
 
 
@@ -52,8 +56,9 @@ def merge_offsets(parts: Sequence[Tensor]) -> Tensor:
     """
     if not parts:
         raise ValueError("merge_offsets needs at least one part; an empty batch has the offsets [0]")
-    for part in parts:
+    for number, part in enumerate(parts):
         check_offsets_form(part)
+        check_offsets(part, None, whole=True, name=f"parts[{number}]")
     if len(parts) == 1:
         return parts[0]
     if all(on_host(part) for part in parts):
@@ -86,6 +91,8 @@ def jagged_to_padded(
     if values.ndim not in (1, 2):
         raise ValueError(f"values must be [L] or [L, D]; got shape {tuple(values.shape)}")
     check_offsets_form(offsets)
+    check_offsets(offsets, None, whole=True)
+    check_offsets(offsets, values.shape[0])  # values past the last bag are in no row
     if max_length < 0:
         raise ValueError(f"max_length must be at least 0; got {max_length}")
     if impl == "reference":  # autograd's own gradient, not the node's
@@ -104,6 +111,7 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, num_values: int, *, impl: 
     check_offsets_form(offsets)
     if offsets.numel() != padded.shape[0] + 1:
         raise ValueError(f"padded has {padded.shape[0]} rows, so offsets must be [{padded.shape[0] + 1}]")
+    check_offsets(offsets, num_values, whole=True)
     if impl == "reference":
         return _flat_reference(padded, offsets, num_values)
     return (_flat_op if is_traced(padded) else _flat)(padded, offsets, num_values, impl)
@@ -263,11 +271,12 @@ def _padded_torch(values: Tensor, offsets: Tensor, max_length: int, fill: float)
 
 
 def _flat_torch(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
-    bag = _bags_torch(offsets, num_values)
-    position = torch.arange(num_values, device=padded.device) - offsets[:-1].index_select(0, bag)
-    if padded.shape[1] == 0:
+    if padded.shape[0] == 0 or padded.shape[1] == 0:
         return padded.new_zeros((num_values, *padded.shape[2:]))
-    inside = position < padded.shape[1]
+    place = torch.arange(num_values, dtype=offsets.dtype, device=padded.device)
+    bag = torch.searchsorted(offsets[1:].contiguous(), place, right=True).clamp_(max=padded.shape[0] - 1)
+    position = place - offsets[:-1].index_select(0, bag)
+    inside = (position < padded.shape[1]) & (place < offsets[-1])  # gradients of values past the last bag are 0
     out = padded[bag, torch.where(inside, position, 0)]
     return torch.where(inside.view(-1, *[1] * (out.ndim - 1)), out, 0).to(padded.dtype)
 
@@ -321,9 +330,11 @@ def _flat_numba(padded: Tensor, offsets: Tensor, num_values: int) -> Tensor:
     out = padded.new_empty((num_values, *padded.shape[2:]))
     if out.numel() == 0:
         return out
-    padded = padded.contiguous()
+    padded, ends = padded.contiguous(), offsets.numpy()
+    if ends[-1] < num_values:
+        out[int(ends[-1]) :] = 0  # gradients of values past the last bag
     row_bytes = out.numel() // num_values * out.element_size()
-    arguments = padded.data_ptr(), out.data_ptr(), offsets.numpy(), row_bytes, padded.shape[1]
+    arguments = padded.data_ptr(), out.data_ptr(), ends, row_bytes, padded.shape[1]
     parts = bag_parts(padded.shape[0], num_values * row_bytes)
     run_parts(lambda start, stop: padded_to_bags(*arguments, start, stop), parts)
     return out

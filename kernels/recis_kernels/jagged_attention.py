@@ -74,6 +74,7 @@ def jagged_attention(
     factor = query.shape[2] ** -0.5 if scale is None else float(scale)
     if impl == "reference":
         inputs = _inputs(query, key, value, offsets, key_offsets, table, *times, causal, factor)
+        check_contents_if_asked(inputs)
         return _reference(inputs)
     return _op(query, key, value, offsets, key_offsets, table, *times, causal, factor, impl)[0]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels import jagged_triton
+from recis_kernels.contents import check_distinct, check_offsets, check_range, check_runs
 from recis_kernels.dispatch import Impl, choose
 from recis_kernels.jagged import bag_parts, check_offsets_form, is_traced, lengths_to_offsets, on_host
 from recis_kernels.jagged_copy import reorder_offsets, runs_from_packed, runs_to_packed
@@ -32,7 +33,7 @@ def gather_runs(values: Tensor, starts: Tensor, offsets: Tensor, num_taken: int,
     Raises:
         ValueError: starts is not int64 [R], or offsets are malformed.
     """
-    _check_runs(starts, offsets)
+    _check_runs(starts, offsets, num_taken, values.shape[0])
     if impl == "reference":  # autograd's own gradient, not the node's
         return torch.cat([values[:0], *(values[one] for one in _runs(starts, offsets))])
     return (_gather_op if is_traced(values) else _gather)(values, starts, offsets, num_taken, impl)
@@ -40,7 +41,7 @@ def gather_runs(values: Tensor, starts: Tensor, offsets: Tensor, num_taken: int,
 
 def scatter_runs(packed: Tensor, starts: Tensor, offsets: Tensor, num_rows: int, *, impl: Impl = "auto") -> Tensor:
     """Return [num_rows, ...]: zeros, but run r = packed[offsets[r]:offsets[r + 1]] at starts[r]. As gather_runs else."""
-    _check_runs(starts, offsets)
+    _check_runs(starts, offsets, packed.shape[0], num_rows)
     if impl == "reference":
         return _scatter_reference(packed, starts, offsets, num_rows)
     return (_scatter_op if is_traced(packed) else _scatter)(packed, starts, offsets, num_rows, impl)
@@ -57,6 +58,9 @@ def permute_bags(values: Tensor, offsets: Tensor, order: Tensor, *, impl: Impl =
     check_offsets_form(offsets)
     if order.dtype != torch.int64 or order.shape != (offsets.shape[0] - 1,):
         raise ValueError(f"order must be int64 [{offsets.shape[0] - 1}]; got {tuple(order.shape)} {order.dtype}")
+    check_offsets(offsets, values.shape[0], whole=True)
+    check_range("order", order, 0, order.shape[0] - 1)
+    check_distinct("order", order)
     if on_host(offsets):
         new_offsets, starts = torch.empty_like(offsets), torch.empty(order.shape, dtype=torch.int64)
         if not reorder_offsets(offsets.numpy(), order.numpy(), new_offsets.numpy(), starts.numpy()):
@@ -83,6 +87,8 @@ def concat_bags(
             f"both values must have rows of one shape and dtype; got {tuple(first.shape)} {first.dtype} "
             f"and {tuple(second.shape)} {second.dtype}"
         )
+    check_offsets(first_offsets, first.shape[0], whole=True, name="first_offsets")
+    check_offsets(second_offsets, second.shape[0], whole=True, name="second_offsets")
     if impl == "reference":
         pairs = zip(_bags(first, first_offsets), _bags(second, second_offsets), strict=True)
         return torch.cat([first[:0], *(bag for pair in pairs for bag in pair)]), first_offsets + second_offsets
@@ -103,6 +109,8 @@ def split_bags(
     _check_pair(first_offsets, second_offsets)
     if not 0 <= num_first <= values.shape[0]:
         raise ValueError(f"num_first must be in [0, {values.shape[0]}]; got {num_first}")
+    check_offsets(first_offsets, num_first, whole=True, name="first_offsets")
+    check_offsets(second_offsets, values.shape[0] - num_first, whole=True, name="second_offsets")
     if impl == "reference":
         bags, sizes = _bags(values, first_offsets + second_offsets), first_offsets.diff().tolist()
         heads = [bag[:size] for bag, size in zip(bags, sizes, strict=True)]
@@ -111,10 +119,12 @@ def split_bags(
     return (_split_op if is_traced(values) else _split)(values, first_offsets, second_offsets, num_first, impl)
 
 
-def _check_runs(starts: Tensor, offsets: Tensor) -> None:
+def _check_runs(starts: Tensor, offsets: Tensor, num_packed: int, num_rows: int) -> None:
     check_offsets_form(offsets)
     if starts.dtype != torch.int64 or starts.shape != (offsets.numel() - 1,):
         raise ValueError(f"starts must be int64 [{offsets.numel() - 1}]; got {tuple(starts.shape)} {starts.dtype}")
+    check_offsets(offsets, num_packed, whole=True)
+    check_runs(starts, offsets, num_rows)
 
 
 def _check_pair(first_offsets: Tensor, second_offsets: Tensor) -> None:

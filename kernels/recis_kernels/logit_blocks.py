@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recis_kernels.dispatch import checks_enabled, choose
+from recis_kernels.contents import is_asked
+from recis_kernels.dispatch import choose
 from recis_kernels.logit_rows import IGNORED, INVALID, Head, TorchRows
 from recis_kernels.logit_rows_triton import TritonRows
 
@@ -96,7 +97,7 @@ def labels_of(targets: Tensor, vocab: int, ignore_index: int) -> Tensor:
     """
     invalid = (targets < 0) | (targets >= vocab)
     labels = torch.where(targets == ignore_index, IGNORED, torch.where(invalid, INVALID, targets))
-    if checks_enabled() and bool((labels == INVALID).any()):
+    if is_asked() and bool((labels == INVALID).any()):
         first = int((labels == INVALID).nonzero()[0])
         raise ValueError(
             f"targets[{first}] is {int(targets[first])}; a target must be in [0, {vocab}) or be ignore_index = {ignore_index}"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recis_kernels.byte_hash_triton import largest
 from recis_kernels.columns import check_columns, column_of_value, to_device
+from recis_kernels.contents import check_offsets
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form, lengths_to_offsets
 from recis_kernels.jagged_triton import bag_of_place
@@ -51,6 +52,7 @@ def ragged_distinct(
     if ids.ndim != 1 or ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64 [L]; got {tuple(ids.shape)} {ids.dtype}")
     check_offsets_form(offsets)
+    check_offsets(offsets, ids.shape[0])
     check_columns(offsets.numel() - 1, row_offsets, len(keeps))
     for keep in keeps:
         if keep not in ("first", "last"):

@@ -26,6 +26,7 @@ from recis_kernels.columns import (
     run_columns,
     values_of_program,
 )
+from recis_kernels.contents import check_offsets, check_range, check_runs, is_asked
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import bag_of_value, check_offsets_form, lengths_to_offsets
 from recis_kernels.jagged_runs import gather_runs
@@ -60,6 +61,7 @@ def ragged_truncate(
         ValueError: a keep is negative, a side is neither, or columns and parameters do not fit together.
     """
     check_offsets_form(offsets)
+    check_offsets(offsets, None)
     check_columns(offsets.numel() - 1, row_offsets, len(keeps))
     check_columns(offsets.numel() - 1, row_offsets, len(drops))
     if min(keeps, default=0) < 0:
@@ -77,17 +79,37 @@ def take_runs(values: Tensor, starts: Tensor, lengths: Tensor, num_taken: int, *
 
     Args:
         values: [L] or [L, D]. Differentiable.
-        starts, lengths: int64 [R].
+        starts, lengths: int64 [R], runs ascending and disjoint.
         num_taken: the sum of lengths.
+
+    Raises:
+        ValueError: starts or lengths is not int64 [R]; inside `checks()`, runs that are not as said.
     """
+    if is_asked():
+        _check_taken(starts, lengths, num_taken, values.shape[0])
     if num_taken == values.shape[0]:
         return values  # disjoint ascending runs of that many entries are all of them
     return gather_runs(values, starts, lengths_to_offsets(lengths), num_taken, impl=impl)
 
 
+def _check_taken(starts: Tensor, lengths: Tensor, num_taken: int, num_values: int) -> None:
+    check_range("lengths", lengths, 0, num_taken)
+    offsets = lengths_to_offsets(lengths)
+    if int(offsets[-1]) != num_taken:
+        raise ValueError(f"num_taken must be the sum of lengths, {int(offsets[-1])}; got {num_taken}")
+    check_runs(starts, offsets, num_values)
+    falls = (starts[1:] < starts[:-1]) & (lengths[1:] > 0) & (lengths[:-1] > 0)
+    if bool(falls.any()):
+        at = int(falls.nonzero()[0])
+        raise ValueError(
+            f"starts must ascend; starts[{at}] is {int(starts[at])} and starts[{at + 1}] {int(starts[at + 1])}"
+        )
+
+
 def keep_where(mask: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Return positions [M] where mask [L] is True, ascending, and the offsets [B + 1] of what stays of each bag."""
     check_offsets_form(offsets)
+    check_offsets(offsets, mask.shape[0])
     before = lengths_to_offsets(mask.to(torch.int64))
     return mask.nonzero().squeeze(1), before.index_select(0, offsets)
 
@@ -111,8 +133,22 @@ def ragged_take(
             f"{num_rows} rows need dropped [{num_rows}] and pick_offsets [{num_rows + 1}]; "
             f"got {tuple(dropped.shape)} and {tuple(pick_offsets.shape)}"
         )
+    check_offsets(offsets, None)
+    check_offsets(pick_offsets, picks.shape[0], whole=True, name="pick_offsets")
+    if is_asked():
+        _check_dropped(dropped, offsets)
     run = _take_op if torch.compiler.is_compiling() else _take
     return run(offsets, dropped, picks, pick_offsets, impl)
+
+
+def _check_dropped(dropped: Tensor, offsets: Tensor) -> None:
+    lengths = offsets.diff()
+    wrong = ((dropped < 0) | (dropped > lengths)).nonzero()
+    if wrong.numel():
+        row = int(wrong[0])
+        raise ValueError(
+            f"dropped[{row}] must lie in 0..{int(lengths[row])}, its row's length; got {int(dropped[row])}"
+        )
 
 
 # ---- nodes of torch.compile; lefts[c] is 1 where the head is cut

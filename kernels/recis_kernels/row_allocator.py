@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from recis_kernels import hash_ops, row_allocator_triton
-from recis_kernels.dispatch import Impl, checks_enabled, choose
+from recis_kernels.contents import check_range, is_asked
+from recis_kernels.dispatch import Impl, choose
 from recis_kernels.hash_index import HashIndex
 from recis_kernels.unique_ids import order_by_segment_and_id, unique_ids
 
@@ -63,7 +64,7 @@ class RowAllocator:
         if rows.ndim != 1 or rows.dtype != torch.int64:
             raise ValueError(f"rows must be int64 [N]; got {rows.dtype} {tuple(rows.shape)}")
         given = rows >= 0
-        if checks_enabled():
+        if is_asked():
             self._check_released(rows[given])
         at = torch.where(given, self.state[NUM_FREE] + given.cumsum(0) - 1, self.capacity)
         self.free.index_put_((at,), rows)
@@ -134,6 +135,7 @@ def find_or_insert_rows(
         raise ValueError(f"the allocator must lie on {ids.device} like the ids; it lies on {allocator.device}")
     if num_ids is not None and (num_ids.dtype != torch.int64 or num_ids.shape != (1,)):
         raise ValueError(f"num_ids must be int64 [1]; got {num_ids.dtype} {tuple(num_ids.shape)}")
+    check_range("num_ids", num_ids, 0, ids.numel())
     if torch.compiler.is_compiling():
         return _op(
             index.kernel_table, index._slots, allocator.state, allocator.free, ids, segments, num_ids, deterministic,

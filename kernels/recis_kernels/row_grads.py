@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels.contents import check_range
 from recis_kernels.dispatch import Impl, choose, njit
-from recis_kernels.grad_lists import MIN_POSITIONS_PER_THREAD, GradLists, fold_row, list_grads
+from recis_kernels.grad_lists import MIN_POSITIONS_PER_THREAD, GradLists, check_view, fold_row, list_grads
 from recis_kernels.grad_lists_triton import list_grads_on_device, reduce_lists, square_lists
 from recis_kernels.lanes import lane_scratch, square_sum
 from recis_kernels.threads import run_parts
@@ -104,6 +105,7 @@ def merge_lookups(lookups: Sequence[PendingLookup], *, impl: Impl = "auto") -> P
         # one entry more than rows: inverse -1 picks the last one and stays -1
         to_union = torch.cat((part, part.new_full((1,), -1)))
         for view in lookup.views:
+            check_range("inverse", view.inverse, -1, lookup.rows.numel() - 1)
             factors = view.factors
             if not same_scale:
                 ones = view.inverse.new_ones(view.inverse.numel(), dtype=torch.float32) if factors is None else factors
@@ -229,6 +231,7 @@ def _wide_sums(views: Sequence[RowGrad], num_rows: int, dim: int) -> Tensor:
     for view in views:
         if view.grad is None:
             continue
+        check_view(view, num_rows, dim)
         for bag in range(view.offsets.numel() - 1):
             for p in range(int(view.offsets[bag]), int(view.offsets[bag + 1])):
                 u = int(view.inverse[p])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recis_kernels import row_init_triton
 from recis_kernels.address import float32_at, store_float32, store_int32, store_int64, uint16_at, uint32_at
+from recis_kernels.contents import check_distinct, check_range
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import admission_stream, id_words, words
 from recis_kernels.philox_vector import COLUMNS, store_words
@@ -112,6 +113,8 @@ def init_rows(
     ids, tables = _checked(ids, keys, tables)
     if rows.shape != ids.shape or rows.dtype != torch.int64:
         raise ValueError(f"rows must be int64 {tuple(ids.shape)}; got {rows.dtype} {tuple(rows.shape)}")
+    check_range("rows", rows, -1, blocks.capacity - 1)
+    check_distinct("rows", rows)
     names = [name for name, _ in blocks.layout.state]
     if len(state_values) not in (0, len(names)):
         raise ValueError(f"state_values needs one value for each of {names}; got {tuple(state_values)}")
@@ -199,6 +202,7 @@ def _checked(ids: Tensor, keys: Tensor, tables: Tensor | None) -> tuple[Tensor, 
         return ids.contiguous(), torch.zeros(1, dtype=torch.int32, device=ids.device)
     if tables.shape != ids.shape or tables.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tables must be int32 or int64 {tuple(ids.shape)}; got {tables.dtype} {tuple(tables.shape)}")
+    check_range("tables", tables, 0, keys.numel() - 1)
     return ids.contiguous(), tables.to(torch.int32).contiguous()
 
 

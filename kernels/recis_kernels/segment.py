@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels import segment_triton
+from recis_kernels.contents import check_offsets
 from recis_kernels.dispatch import Impl, choose
 from recis_kernels.jagged import as_words, bag_of_value, is_traced
 from recis_kernels.segment_loops import max_loop, place_loop, softmax_grad_loop, softmax_loop, spread_loop, sum_loop
@@ -61,6 +62,7 @@ def _check(values: Tensor, offsets: Tensor) -> None:
         raise ValueError(f"values must be floating point [L, D]; got {tuple(values.shape)} {values.dtype}")
     if offsets.ndim != 1 or offsets.numel() == 0 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be [B + 1] int64; got {tuple(offsets.shape)} {offsets.dtype}")
+    check_offsets(offsets, values.shape[0], whole=True)
 
 
 # ---- reference: float64, one bag at a time, torch's own gradients

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recis_kernels.dispatch import Impl, checks_enabled, choose
+from recis_kernels.contents import check_offsets, is_asked
+from recis_kernels.dispatch import Impl, choose
 from recis_kernels.soft_logic_cpu import pool_cpu, pool_grad_cpu
 from recis_kernels.soft_logic_triton import pool_grad_triton, pool_triton
 
@@ -106,6 +107,7 @@ def lukasiewicz_pool(
 def _pool(given: tuple[Tensor | None, ...], logic: int, impl: Impl) -> SoftLogic:
     _check(*given)  # type: ignore[arg-type]
     if impl == "reference":
+        _check_content(*given[:5])  # type: ignore[arg-type]
         return _reference(*given, logic)  # type: ignore[arg-type]
     return SoftLogic(*_pool_op(*given, logic, impl)[:2])
 
@@ -153,14 +155,10 @@ def _check_content(
     relaxation: Tensor | None,
     confidence: Tensor | None,
 ) -> None:
-    num_slots = slot_offsets.shape[0] - 1
-    for name, offsets, last in (
-        ("slot_offsets", slot_offsets, logits.shape[0]),
-        ("item_offsets", item_offsets, num_slots),
-    ):
-        ends = offsets.cpu()
-        if int(ends[0]) != 0 or int(ends[-1]) != last or bool((ends.diff() < 0).any()):
-            raise ValueError(f"{name} must ascend from 0 to {last}; got {ends[:8].tolist()} .. {int(ends[-1])}")
+    if not is_asked():
+        return
+    check_offsets(slot_offsets, logits.shape[0], whole=True, name="slot_offsets")
+    check_offsets(item_offsets, slot_offsets.shape[0] - 1, whole=True, name="item_offsets")
     if bool(logits.isnan().any()):
         raise ValueError(
             f"entity_logits[{int(logits.isnan().nonzero()[0])}] is NaN; score this entity again or drop it"
@@ -254,8 +252,7 @@ def _pool_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log r [I], log g [S] and u [S], which the gradient needs."""
     tensors = (entity_logits, slot_offsets, item_offsets, relaxation, confidence, none_logits)
-    if checks_enabled():
-        _check_content(*tensors[:5])  # type: ignore[arg-type]
+    _check_content(*tensors[:5])  # type: ignore[arg-type]
     given = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     return _version(entity_logits, impl, pool_cpu, pool_triton)(*given, logic)
 

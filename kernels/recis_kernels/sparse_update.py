@@ -20,7 +20,8 @@ from torch import Tensor
 
 from recis_kernels.address import load_int32, load_int64, store_int32
 from recis_kernels.columns import to_device
-from recis_kernels.dispatch import Impl, checks_enabled, choose, njit
+from recis_kernels.contents import check_distinct, check_range
+from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.grad_lists import SOURCES_AHEAD, fetch_source, fold_row, list_grads
 from recis_kernels.grad_lists_triton import cut_long_runs, list_grads_on_device
 from recis_kernels.lanes import NUM_LANES, lane_scratch, scale_is_finite, square_sum
@@ -195,30 +196,24 @@ def _update(
         raise ValueError(f"{rule.name} needs the states {needed}; the rows have {layout.state}")
     if layout.dtype == torch.bfloat16 and keys is None:
         raise ValueError("bfloat16 rows are rounded at random by table: pass keys [T] int64 (table_key)")
+    if keys is not None and (keys.ndim != 1 or keys.dtype != torch.int64 or keys.numel() < scalars.shape[0]):
+        raise ValueError(
+            f"keys must be int64 [T], one for each of the {scalars.shape[0]} lines of scalars; "
+            f"got {tuple(keys.shape)} {keys.dtype}"
+        )
     lookup = merge_lookups(lookups)
     for name, dtype in (("rows", torch.int64), ("table_of_row", torch.int32), ("counts", torch.int32)):
         tensor = getattr(lookup, name)
         if tensor.shape != lookup.rows.shape or tensor.ndim != 1 or tensor.dtype != dtype:
             raise ValueError(f"{name} must be [U] {dtype}; got {tuple(tensor.shape)} {tensor.dtype}")
-    if checks_enabled():
-        _check_content(blocks, lookup, scalars.shape[0])
+    check_range("rows", lookup.rows, -1, blocks.capacity - 1)
+    check_range("table_of_row", lookup.table_of_row, 0, scalars.shape[0] - 1)
+    check_distinct("rows", lookup.rows)  # a row in two places would be updated twice
     run = choose(impl, lookup.rows, triton=_triton, numba=_numba, reference=_reference)
     folded = fold_scalars(rule, scalars)
     if run is _triton:
         return lookup, _triton(blocks, lookup, rule, folded, step, keys, record_seen, deterministic)
     return lookup, run(blocks, lookup, rule, scalars if run is _reference else folded, step, keys, record_seen)
-
-
-def _check_content(blocks: RowBlocks, lookup: PendingLookup, num_tables: int) -> None:
-    for name, values, low, high in (
-        ("rows", lookup.rows, -1, blocks.capacity),
-        ("table_of_row", lookup.table_of_row, 0, num_tables),
-    ):
-        if values.numel() and not (int(values.min()) >= low and int(values.max()) < high):
-            raise ValueError(f"{name} must lie in {low}..{high - 1}; got {int(values.min())}..{int(values.max())}")
-    placed = lookup.rows[lookup.rows >= 0]
-    if placed.unique().numel() != placed.numel():
-        raise ValueError("rows must be distinct: a row in two places would be updated twice")
 
 
 def update_rows(

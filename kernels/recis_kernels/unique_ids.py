@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recis_kernels import unique_ids_sort, unique_ids_triton
 from recis_kernels.calibration import current
+from recis_kernels.contents import check_offsets, check_range
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.philox import hash64, hash64_one
 from recis_kernels.threads import run_parts, split
@@ -153,11 +154,13 @@ def _segment_of_id(ids: Tensor, segments: Tensor | None, offsets: Tensor | None)
         return torch.zeros(1, dtype=torch.int32, device=ids.device)
     if segments.ndim != 1 or segments.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"segments must be int32 or int64, 1-D; got {segments.dtype} {tuple(segments.shape)}")
+    check_range("segments", segments, 0, 2**31 - 1)
     segments = segments.to(torch.int32)
     if offsets is not None:
         if offsets.dtype != torch.int64 or offsets.shape != (segments.numel() + 1,):
             wanted = f"int64 [{segments.numel() + 1}]"
             raise ValueError(f"offsets must be {wanted}; got {offsets.dtype} {tuple(offsets.shape)}")
+        check_offsets(offsets, ids.numel(), whole=True)
         if segments.numel() == 1:
             return segments
         return segments.repeat_interleave(offsets.diff(), output_size=ids.numel())

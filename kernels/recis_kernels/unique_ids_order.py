@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_kernels.calibration import current
+from recis_kernels.contents import check_range
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.threads import run_parts, split
 
@@ -24,8 +25,17 @@ def order_by_segment_and_id(ids: Tensor, segments: Tensor, num_segments: int, *,
     """Return the permutation int64 [U] that sorts distinct pairs by ascending (segment, signed id); never waits.
 
     Args:
-        ids: int64 [U].  segments: int32 [U], each in [0, num_segments).
+        ids: int64 [U].  segments: int32 or int64 [U], each in [0, num_segments).
+
+    Raises:
+        ValueError: wrong shape or dtype; inside `checks()`, a segment out of range.
     """
+    if ids.ndim != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 [U]; got {ids.dtype} {tuple(ids.shape)}")
+    if segments.shape != ids.shape or segments.dtype not in (torch.int32, torch.int64):
+        wanted = f"int32 or int64 {tuple(ids.shape)}"
+        raise ValueError(f"segments must be {wanted}; got {segments.dtype} {tuple(segments.shape)}")
+    check_range("segments", segments, 0, num_segments - 1)
     return (_order_op if torch.compiler.is_compiling() else _order)(ids, segments, num_segments, impl)
 
 

@@ -23,6 +23,7 @@ from recis_kernels.columns import (
     run_columns,
     values_of_program,
 )
+from recis_kernels.contents import check_offsets, check_range
 from recis_kernels.dispatch import Impl, choose, jit, launch, njit, tl
 from recis_kernels.jagged import check_offsets_form
 from recis_kernels.philox import hash64_one
@@ -60,9 +61,11 @@ def string_vocab(data: Tensor, offsets: Tensor) -> StringVocab:
     """Return the vocabulary of the strings data[offsets[e]:offsets[e + 1]], numbered in order.
 
     Raises:
-        ValueError: an entry stands twice; the text gives both numbers.
+        ValueError: data is not uint8 [bytes], or an entry stands twice; the text gives both numbers.
     """
+    _check_data(data)
     check_offsets_form(offsets)
+    check_offsets(offsets, data.shape[0])
     offsets = offsets.to(torch.int64).contiguous()
     data = data.contiguous()
     slots = _free_slots(offsets.numel() - 1)
@@ -74,8 +77,9 @@ def id_vocab(ids: Tensor) -> IdVocab:
     """Return the vocabulary of int64 ids [E], numbered in order.
 
     Raises:
-        ValueError: an id stands twice; the text gives both numbers.
+        ValueError: ids is not int64 [E], or an id stands twice; the text gives both numbers.
     """
+    _check_ids(ids)
     ids = ids.contiguous()
     slots = _free_slots(ids.shape[0])
     _raise_on_twin(*_insert_ids(ids.numpy(), slots.numpy()))
@@ -93,11 +97,13 @@ def lookup_strings(
         ValueError: data is not uint8 [bytes], a vocabulary lies on another device, or columns and vocabularies do not
             fit together.
     """
-    if data.ndim != 1 or data.dtype != torch.uint8:
-        raise ValueError(f"data must be uint8 [bytes]; got {tuple(data.shape)} {data.dtype}")
+    _check_data(data)
     check_offsets_form(offsets)
+    check_offsets(offsets, data.shape[0])
     check_columns(offsets.numel() - 1, column_offsets, len(vocabs))
-    _check_device(data, [vocab.slots for vocab in vocabs])
+    for column, vocab in enumerate(vocabs):
+        _check_entries(column, data.device, vocab.slots, vocab.offsets.numel() - 1)
+        check_offsets(vocab.offsets, vocab.data.shape[0], name=f"vocabs[{column}].offsets")
     run = _strings_op if torch.compiler.is_compiling() else _strings_run
     parts = [vocab.data for vocab in vocabs], [vocab.offsets for vocab in vocabs], [vocab.slots for vocab in vocabs]
     return run(data, offsets, column_offsets, *parts, impl)
@@ -110,10 +116,10 @@ def lookup_ids(ids: Tensor, column_offsets: Sequence[int], vocabs: Sequence[IdVo
         ValueError: ids is not int64 [L], a vocabulary lies on another device, or columns and vocabularies do not fit
             together.
     """
-    if ids.ndim != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be int64 [L]; got {tuple(ids.shape)} {ids.dtype}")
+    _check_ids(ids)
     check_columns(ids.shape[0], column_offsets, len(vocabs))
-    _check_device(ids, [vocab.slots for vocab in vocabs])
+    for column, vocab in enumerate(vocabs):
+        _check_entries(column, ids.device, vocab.slots, vocab.ids.numel())
     run = _ids_op if torch.compiler.is_compiling() else _ids_run
     return run(ids, column_offsets, [vocab.ids for vocab in vocabs], [vocab.slots for vocab in vocabs], impl)
 
@@ -129,12 +135,22 @@ def _raise_on_twin(first: int, second: int) -> None:
         raise ValueError(f"entries {first} and {second} of the vocabulary are equal; each may stand once")
 
 
-def _check_device(values: Tensor, slots: Sequence[Tensor]) -> None:
-    for column, table in enumerate(slots):
-        if table.device != values.device:
-            raise ValueError(
-                f"values lie on {values.device} and vocabulary {column} on {table.device}: bring it there once with .to()"
-            )
+def _check_data(data: Tensor) -> None:
+    if data.ndim != 1 or data.dtype != torch.uint8:
+        raise ValueError(f"data must be uint8 [bytes]; got {tuple(data.shape)} {data.dtype}")
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.ndim != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 [L]; got {tuple(ids.shape)} {ids.dtype}")
+
+
+def _check_entries(column: int, device: torch.device, slots: Tensor, num_entries: int) -> None:
+    if slots.device != device:
+        raise ValueError(
+            f"values lie on {device} and vocabulary {column} on {slots.device}: bring it there once with .to()"
+        )
+    check_range(f"vocabs[{column}].slots", slots, -1, num_entries - 1)
 
 
 # ---- nodes of torch.compile: per column the tensors of its vocabulary

@@ -104,6 +104,16 @@ def test_one_huge_bag_and_values_apart(impl):
     assert bag_of_value(offsets, 5001, impl=impl).bincount(minlength=3).tolist() == [0, 5000, 1]
 
 
+@pytest.mark.parametrize("impl", ["numba", "torch", "triton"])
+def test_values_past_the_last_bag_are_in_no_row_and_get_no_gradient(impl):
+    values = torch.randn(5, 3, requires_grad=True)
+    padded = jagged_to_padded(values, torch.tensor([0, 2, 3]), 4, impl=impl)
+    want = jagged_to_padded(values, torch.tensor([0, 2, 3]), 4, impl="reference")
+    upstream = torch.randn_like(padded)
+    assert torch.equal(padded, want)
+    assert torch.equal(*(torch.autograd.grad(one, values, upstream)[0] for one in (padded, want)))
+
+
 def launches() -> None:
     for dtype in (torch.uint8, torch.int16, torch.float32, torch.int64):
         for index in (torch.int64, torch.int32):
