@@ -9,6 +9,7 @@
 id, never by the order of the rows. Differences of two models: bootstrap over queries, both on the same draws.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class EvalPairs:
     def at(self, rows: np.ndarray) -> "EvalPairs":
         """Return some of the pairs."""
         return EvalPairs(query=self.query[rows], grade=self.grade[rows], visible=self.visible[rows], tie=self.tie[rows])
+
+
+def tie_of(item_id: str | int) -> float:
+    """Return a number in [0, 1) from sha256 of an item's id: who comes first among equal scores."""
+    return int(hashlib.sha256(str(item_id).encode()).hexdigest()[:13], 16) / 2**52
 
 
 def evaluate(

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from recis.ebrm.entities import Entity, EntitySchema, Item
+from recis.ebrm.evaluate import EvalPairs, tie_of
 from recis.ebrm.pricerunner_labels import SECONDARY, Dictionaries, LabelFacts, label_facts, learn_dictionaries
-from recis.ebrm.pricerunner_pairs import Pairs, Pool, draw_pairs, tie_of
+from recis.ebrm.pricerunner_pairs import Pairs, Pool, draw_pairs
 from recis.ebrm.pricerunner_queries import Query
 from recis.ebrm.pricerunner_split import PARTS, Catalogue, groups, offers_of, parts, read_catalogue
 from recis.ebrm.pricerunner_text import noun_of
@@ -76,9 +77,13 @@ class Task:
         own = self.catalogue.offers[offer]
         return Item(id=str(own.product_id), entities=self.entities(offer), title=own.title)
 
-    def ties(self, pairs: Pairs) -> np.ndarray:
-        """Return float64 [N]: by what rankings break ties."""
-        return np.array([tie_of(self.catalogue.offers[offer].product_id) for offer in pairs.offer.tolist()])
+    def eval_pairs(self, part: Part) -> EvalPairs:
+        """Return what the scores of a part's pairs are measured on; ties are broken by sha256 of the product id."""
+        pairs = part.pairs
+        tie = [tie_of(self.catalogue.offers[offer].product_id) for offer in pairs.offer.tolist()]
+        return EvalPairs(
+            query=pairs.query, grade=pairs.grade, visible=pairs.visible, tie=np.array(tie, dtype=np.float64)
+        )
 
 
 def build_task(path: str | Path, *, num_queries: Mapping[str, int] = NUM_QUERIES) -> Task:

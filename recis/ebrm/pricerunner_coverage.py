@@ -3,13 +3,15 @@
 A constraint that titles rarely state could not be learned from them; these shares decided which constraints are asked for.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from recis.ebrm.pricerunner import Task
 from recis.ebrm.pricerunner_labels import LabelFacts, model_forms
+from recis.ebrm.pricerunner_split import groups
 from recis.ebrm.pricerunner_text import codes_match, inches, squash
 from recis.ebrm.pricerunner_titles import TitleFacts
 
@@ -69,6 +71,46 @@ def coverage(task: Task, parts: Sequence[str]) -> list[Coverage]:
             )
         )
     return out
+
+
+def counts(task: Task) -> dict[str, tuple[float, float]]:
+    """Return name -> (measured, expected) of the whole public sample with the default numbers of queries."""
+    catalogue, group_of = task.catalogue, groups(task.catalogue)
+    generic = catalogue.generic_titles()
+    sizes = Counter(group_of[offer.cluster_id] for offer in catalogue.offers)
+    out = {
+        "offers": (len(catalogue.offers), 28_384),
+        "clusters": (len(catalogue.labels), 10_774),
+        "generic titles": (len(generic), 90),
+        "share of offers with a generic title": (_share(own.title in generic for own in catalogue.offers), 0.023),
+        "groups": (len(sizes), 9_670),
+        "largest group, offers (under)": (max(sizes.values()), 50),
+    }
+    for name, expected_offers, expected_clusters in (
+        ("train", 19_800, 7_500),
+        ("dev", 4_500, 1_650),
+        ("test", 4_100, 1_600),
+    ):
+        part = task.parts[name]
+        out[f"{name} offers"] = (len(part.offers), expected_offers)
+        out[f"{name} clusters"] = (len(part.clusters), expected_clusters)
+    part = task.parts["test"]
+    pairs = part.pairs
+    num_queries = max(1, len(part.queries))
+    out["test pairs per query"] = (len(pairs) / num_queries, 15.5)
+    for grade, share, visible in ((4, 0.27, 0.79), (3, 0.11, 0.63), (2, 0.37, 0.92), (1, 0.25, 1.0)):
+        out[f"test share of grade {grade}"] = (float(np.mean(pairs.grade == grade)), share)
+        out[f"test visible of grade {grade}"] = (_share(pairs.visible[pairs.grade == grade].tolist()), visible)
+    out["test visible"] = (float(pairs.visible.mean()), 0.87)
+    out["test queries with a grade 3"] = (len(np.unique(pairs.query[pairs.grade == 3])) / num_queries, 0.25)
+    for kind, share in (("model", 0.41), ("attribute", 0.56), ("series", 0.03)):
+        out[f"test {kind} queries"] = (_share(query.kind == kind for query in part.queries), share)
+    return out
+
+
+def counts_table(found: Mapping[str, tuple[float, float]]) -> str:
+    """Return the counts as text, measured beside expected."""
+    return "\n".join(f"{name:40} {measured:>10.5g} {expected:>10.5g}" for name, (measured, expected) in found.items())
 
 
 def coverage_table(lines: Iterable[Coverage]) -> str:

@@ -116,7 +116,8 @@ def learn_brands(labels: Iterable[str], titles: Iterable[str]) -> frozenset[str]
     """Return the brands of normalised labels: one token, two that belong together, or `x & y`.
 
     Two belong together when the second follows the first in 85 % of its occurrences in titles and in 80 % of the labels
-    that open with the first: "russell hobbs", "de dietrich", not "apple iphone". Seen in one label only, nobody can tell.
+    that open with the first: "russell hobbs", "de dietrich", not "apple iphone". Seen in one label only, nobody can tell;
+    nor can one tell whether a first token with a digit is a brand or a model ("x4 dual sim") from one label.
     """
     opened = [label.split() for label in labels if label]
     firsts = Counter(words[0] for words in opened)
@@ -139,7 +140,7 @@ def learn_brands(labels: Iterable[str], titles: Iterable[str]) -> frozenset[str]
             brands.add(" ".join(words[:3]))
         elif tuple(words[:2]) in together:
             brands.add(" ".join(words[:2]))
-        else:
+        elif firsts[words[0]] > 1 or not any(map(str.isdigit, words[0])):
             brands.add(_canonical_brand(words[0]))
     return frozenset(brands)
 

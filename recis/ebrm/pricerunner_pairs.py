@@ -6,7 +6,6 @@
 The order is shuffled by the query's own generator, because a candidate order or a stable sort would leak the label.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,11 +58,6 @@ class Pool:
     """Words of title and category noun, for BM25."""
     tie: np.ndarray
     """float64 [M] in [0, 1), from the product ids: which of two equally hard offers comes first."""
-
-
-def tie_of(product_id: int) -> float:
-    """Return a number in [0, 1) from sha256 of a product id; all rankings of the task break ties by it."""
-    return int(hashlib.sha256(str(product_id).encode()).hexdigest()[:13], 16) / 2**52
 
 
 def draw_pairs(

@@ -24,6 +24,7 @@ import numpy as np
 
 from recis.ebrm.click_model import draw_sessions
 from recis.ebrm.entities import Entity, EntitySchema, Item, TypeConfig
+from recis.ebrm.evaluate import EvalPairs, tie_of
 from recis.ebrm.files import LabelRow, write_rows
 from recis.ebrm.pricerunner_grades import CONTRADICTED, MET, NEARLY, OTHER_CATEGORY
 from recis.ebrm.synthetic_words import CATEGORIES, COLOURS, FILLERS, FORMS, SIZES, made_up_names, with_typo
@@ -145,6 +146,18 @@ class SyntheticData:
         """Return the rows [.] of the graded pairs of a part's queries."""
         of_part = np.array([query.part == part for query in self.queries])
         return np.flatnonzero(of_part[self.pair_query])
+
+    def eval_pairs(self, part: str) -> EvalPairs:
+        """Return what the scores of a part's pairs are measured on, rows as `pairs_of`."""
+        rows = self.pairs_of(part)
+        query, item = self.pair_query[rows], self.pair_item[rows]
+        visible = [self.visible(q, i) for q, i in zip(query.tolist(), item.tolist(), strict=True)]
+        return EvalPairs(
+            query=query,
+            grade=self.grades[rows],
+            visible=np.array(visible, dtype=bool),
+            tie=np.array([tie_of(self.items[i].id) for i in item.tolist()], dtype=np.float64),
+        )
 
     def label_rows(self, part: str) -> Iterable[LabelRow]:
         """Yield the graded pairs of a part."""

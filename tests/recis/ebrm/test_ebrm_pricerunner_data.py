@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recis.ebrm.baselines import bm25_scores, hand_rule_scores
-from recis.ebrm.evaluate import EvalPairs, evaluate, roc_auc
+from recis.ebrm.evaluate import evaluate, roc_auc
 from recis.ebrm.pricerunner import build_eval, usable_attributes
 from recis.ebrm.pricerunner_coverage import coverage
 from recis.ebrm.pricerunner_grades import grade, is_visible
@@ -255,9 +255,7 @@ def test_unseen_files_use_every_row_and_the_dictionaries_of_the_model(pricerunne
     assert {query.part for query in part.queries} == {"eval"}
     assert built.dictionaries == task.dictionaries
     metrics = evaluate(
-        EvalPairs(
-            query=part.pairs.query, grade=part.pairs.grade, visible=part.pairs.visible, tie=built.ties(part.pairs)
-        ),
+        built.eval_pairs(part),
         _scores(built, part, part.pairs.offer)["hand_rules"],
     )
     assert metrics["roc_auc"] > 0.9

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from recis.ebrm.bm25 import BM25
+from recis.ebrm.evaluate import tie_of
 from recis.ebrm.pricerunner_grades import GradeTable, grade, is_visible
 from recis.ebrm.pricerunner_labels import Dictionaries, label_facts
-from recis.ebrm.pricerunner_pairs import Pool, draw_pairs, tie_of
+from recis.ebrm.pricerunner_pairs import Pool, draw_pairs
 from recis.ebrm.pricerunner_queries import draw_query, query_rng
 from recis.ebrm.pricerunner_titles import title_facts
 

@@ -1,6 +1,8 @@
 """Normal form, tokens, codes and quantities of PriceRunner texts; labels and titles read with small dictionaries."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recis.ebrm.pricerunner_labels import (
     Dictionaries,
@@ -54,6 +56,14 @@ KNOWN = Dictionaries(
 def test_normalise(text, normal):
     assert normalise(text) == normal
     assert normalise(normal) == normal
+
+
+@given(st.text(alphabet=st.one_of(st.sampled_from("aB1.2/ -+&\"'é\u0130"), st.characters()), max_size=30))
+def test_normalise_twice_is_once(text):
+    once = normalise(text)
+    assert normalise(once) == once
+    assert set(once) <= set("abcdefghijklmnopqrstuvwxyz0123456789.+/&- ")
+    assert all(token.strip() for token in tokens(once))
 
 
 def test_tokens_split_slashes_only_between_parts_that_stand_alone():
@@ -131,6 +141,8 @@ def test_brands_of_two_words_need_both_shares():
 
 def test_one_label_makes_no_brand_of_two_words():
     assert learn_brands(["vivo nex 5"], ["vivo nex 5"]) == {"vivo"}
+    assert learn_brands(["x4 dual sim"], ["moto x4"]) == set()
+    assert learn_brands(["inov8 c1", "inov8 c2"], []) == {"inov8"}
 
 
 @pytest.mark.parametrize(

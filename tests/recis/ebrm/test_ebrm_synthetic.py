@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recis.ebrm.click_model import click_chance, draw_sessions
+from recis.ebrm.evaluate import evaluate
 from recis.ebrm.files import read_header, read_items, read_labels
 from recis.ebrm.synthetic import CONSTRAIN, TYPES, SyntheticConfig, make_data
 from recis.ebrm.synthetic_words import CATEGORIES, COLOURS, FORMS, SIZES, made_up_names, with_typo
@@ -39,6 +40,16 @@ def test_files_are_read_again(data, tmp_path):
     for part, own in rows.items():
         assert {row.query for row in own} <= texts[part]
         assert all(row.y == (row.grade == 4) for row in own)
+
+
+def test_eval_pairs_are_the_rows_of_a_part(data):
+    rows = data.pairs_of("train")
+    pairs = data.eval_pairs("train")
+    assert pairs.grade.tolist() == data.grades[rows].tolist()
+    assert [data.queries[query].part for query in pairs.query.tolist()] == ["train"] * len(rows)
+    assert ((pairs.tie >= 0) & (pairs.tie < 1)).all()
+    perfect = evaluate(pairs, pairs.grade.astype(float))
+    assert (perfect["roc_auc"], perfect["ndcg@10"]) == (1.0, 1.0)
 
 
 def test_gold_restated(data):
