@@ -13,6 +13,8 @@ import unicodedata
 from decimal import Decimal
 from typing import NamedTuple
 
+from recis.errors import DataError
+
 # unit -> base unit of its family, factor
 UNITS: dict[str, tuple[str, Decimal]] = {
     "tb": ("gb", Decimal(1024)),
@@ -42,6 +44,7 @@ UNITS: dict[str, tuple[str, Decimal]] = {
     "megapixel": ("mp", Decimal(1)),
     "mah": ("mah", Decimal(1)),
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?"
 _UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
 _QUANTITY = re.compile(rf"(?<![\w.,])({_NUMBER})[\s-]?({_UNIT})(?![a-z0-9])")
@@ -61,7 +64,15 @@ class Quantity(NamedTuple):
 
 
 def canonical_text(text: str) -> str:
-    """Return `text` in NFKC, case folded, with white space trimmed and collapsed to single blanks."""
+    """Return `text` in NFKC, case folded, with white space trimmed and collapsed to single blanks.
+
+    Raises:
+        DataError: the text holds a lone surrogate, so it has no UTF-8 form: it was decoded from broken bytes.
+    """
+    if not text.isascii() and _SURROGATE.search(text):
+        raise DataError(
+            "not valid Unicode, so it has no UTF-8 form", value=text, option="decode its bytes with errors='replace'"
+        )
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
@@ -75,6 +86,11 @@ def parse_quantity(text: str) -> Quantity | None:
 def find_quantities(text: str) -> tuple[Quantity, ...]:
     """Return the numbers with a unit in a canonical text, in order."""
     return tuple(_quantity(match[1], match[2]) for match in _QUANTITY.finditer(text))
+
+
+def split_at_quantities(text: str) -> list[str]:
+    """Return what stands between the numbers with a unit in a canonical text."""
+    return _QUANTITY.split(text)[:: _QUANTITY.groups + 1]
 
 
 def canonical_number(text: str) -> str:

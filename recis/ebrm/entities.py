@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recis.ebrm.canonical import canonical_number, canonical_text
+from recis.ebrm.canonical import UNITS, canonical_number, canonical_text
 from recis.errors import ConfigError, DataError
 
 Kind = Literal["text", "code", "number"]
@@ -84,6 +84,9 @@ class TypeConfig:
     """Freeze the relaxation a_t at 1: a contradiction of this type always vetoes."""
     synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Other spelling -> value; both are canonicalised."""
+    units: tuple[str, ...] = ()
+    """Of a number type: base units its values have ("gb", "cm"), so that a comparator knows which number in a query is
+    meant; () takes the unit of the value, and lets no query constrain the none entity."""
 
     def __post_init__(self) -> None:
         if not self.name or self.name != canonical_text(self.name) or ":" in self.name or " " in self.name:
@@ -95,6 +98,11 @@ class TypeConfig:
         if self.scorer == "comparator" and self.kind == "text":
             raise ConfigError(
                 f"type {self.name!r}: only codes and numbers have a comparator; a text needs scorer='encoder'"
+            )
+        bases = {base for base, _ in UNITS.values()}
+        if set(self.units) - bases or (self.units and self.kind != "number"):
+            raise ConfigError(
+                f"type {self.name!r}: units are of number types and among {sorted(bases)}; got {self.units} of a {self.kind}"
             )
         form = canonical_number if self.kind == "number" else canonical_text
         canonical = {form(surface): form(value) for surface, value in self.synonyms.items()}
@@ -111,7 +119,7 @@ class TypeConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
         fields = {"name": self.name, "kind": self.kind, "scorer": self.scorer, "hard": self.hard}
-        return fields | {"synonyms": dict(sorted(self.synonyms.items()))}
+        return fields | {"synonyms": dict(sorted(self.synonyms.items())), "units": list(self.units)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,8 +223,10 @@ class EntitySchema:
         """
         check_keys(data, required=("types",), what="schema")
         for entry in data["types"]:
-            check_keys(entry, required=("name",), optional=("kind", "scorer", "hard", "synonyms"), what="type")
-        return EntitySchema(types=tuple(TypeConfig(**entry) for entry in data["types"]))
+            check_keys(entry, required=("name",), optional=("kind", "scorer", "hard", "synonyms", "units"), what="type")
+        return EntitySchema(
+            types=tuple(TypeConfig(**entry | {"units": tuple(entry.get("units", ()))}) for entry in data["types"])
+        )
 
 
 def none_id(type: str) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ SCHEMA = EntitySchema(
     types=(
         TypeConfig(name="brand", hard=True),
         TypeConfig(name="colour", synonyms={"Schwarz": "black", "grey ": "gray"}),
-        TypeConfig(name="capacity", kind="number", scorer="comparator"),
+        TypeConfig(name="capacity", kind="number", scorer="comparator", units=("gb",)),
         TypeConfig(name="model", kind="code"),
     )
 )
@@ -53,6 +54,11 @@ def test_canonical_text(text, canonical):
 )
 def test_canonical_number(text, canonical):
     assert canonical_number(text) == canonical
+
+
+def test_text_that_is_no_unicode_is_refused():
+    with pytest.raises(DataError, match="no UTF-8 form"):
+        canonical_text(b"caf\xe9".decode("utf-8", errors="surrogateescape"))
 
 
 def test_quantities_in_a_text():
@@ -99,11 +105,14 @@ def test_conf_out_of_range(conf):
 
 
 def test_what_configs_refuse():
+    bad: dict[str, Any]
     for bad, message in (
         ({"name": "Brand"}, "lower case"),
         ({"name": "a:b"}, "without blanks and ':'"),
         ({"name": "a", "kind": "date"}, "kind is one of"),
         ({"name": "a", "scorer": "comparator"}, "only codes and numbers"),
+        ({"name": "a", "units": ("gb",)}, "units are of number types"),
+        ({"name": "a", "kind": "number", "units": ("tb",)}, r"among \['cm'"),
         ({"name": "a", "synonyms": {"x": "y", "y": "z"}}, "'y' leads on"),
     ):
         with pytest.raises(ConfigError, match=message):
