@@ -117,18 +117,19 @@ def _candidates(grades: np.ndarray, hardness: np.ndarray, is_own: np.ndarray, rn
     picked = [*_sample(own, MAX_OWN, rng), *_sample(others, MAX_OTHERS, rng)]
     for value, (num_hard, num_random) in HARD_AND_RANDOM.items():
         members = np.flatnonzero(grades == value)
-        hard = _hardest(members, hardness[members], num_hard)
-        picked += [*hard, *_sample(np.setdiff1d(members, hard, assume_unique=True), num_random, rng)]
+        is_hard = _hardest(hardness[members], num_hard)
+        picked += [*members[is_hard].tolist(), *_sample(members[~is_hard], num_random, rng)]
     rng.shuffle(picked)
     return picked
 
 
-def _hardest(members: np.ndarray, hardness: np.ndarray, count: int) -> list[int]:
-    if len(members) > count:
-        members = members[
-            np.argpartition(-hardness, count)[:count]
-        ]  # no ties in hardness: a set that no sort can change
-    return sorted(members.tolist())
+def _hardest(hardness: np.ndarray, count: int) -> np.ndarray:
+    """Return bool [M], True for the `count` largest; no two are equal, so that no way of sorting changes the set."""
+    if len(hardness) <= count:
+        return np.ones(len(hardness), dtype=bool)
+    chosen = np.zeros(len(hardness), dtype=bool)
+    chosen[np.argpartition(-hardness, count)[:count]] = True
+    return chosen
 
 
 def _sample(members: np.ndarray, count: int, rng: random.Random) -> list[int]:

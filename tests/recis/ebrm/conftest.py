@@ -8,4 +8,4 @@ def pricerunner_task(data_dir):
     """The task with all offers and the first queries of each part."""
     from recis.ebrm.pricerunner import build_task
 
-    return build_task(data_dir / "pricerunner" / "offers.parquet", num_queries={"train": 1500, "dev": 200, "test": 800})
+    return build_task(data_dir / "pricerunner" / "offers.parquet", num_queries={"train": 700, "dev": 200, "test": 600})

@@ -6,7 +6,7 @@ import pytest
 from recis.ebrm.baselines import bm25_scores, hand_rule_scores
 from recis.ebrm.evaluate import evaluate, roc_auc
 from recis.ebrm.pricerunner import build_eval, usable_attributes
-from recis.ebrm.pricerunner_coverage import coverage
+from recis.ebrm.pricerunner_coverage import EXPECTED, counts, counts_table, coverage, coverage_table
 from recis.ebrm.pricerunner_grades import grade, is_visible
 from recis.ebrm.pricerunner_labels import Dictionaries, learn_dictionaries
 from recis.ebrm.pricerunner_leaks import MAX_GAIN_PERMUTED, MAX_ITEM_AUC, MAX_QUERY_AUC, leak_aucs, permuted_offers
@@ -90,6 +90,17 @@ def test_counts_of_the_pairs(pricerunner_task):
     assert len(np.unique(pairs.query[pairs.grade == 3])) / len(part.queries) == pytest.approx(0.25, abs=0.05)
 
 
+def test_tables_print_measured_beside_expected(pricerunner_task):
+    found = counts(pricerunner_task)
+    assert found["clusters"] == (10_774, 10_774)
+    lines = counts_table(found).splitlines()
+    assert len(lines) == len(found)
+    assert lines[0].split() == ["offers", "28384", "28384"]
+    table = coverage_table(coverage(pricerunner_task, ("test",))).splitlines()
+    assert len(table) == 1 + len(EXPECTED)
+    assert "94.2" in table[1]
+
+
 def test_coverage_of_dev_and_test_titles(pricerunner_task):
     for row in coverage(pricerunner_task, ("dev", "test")):
         if row.expected is not None:
@@ -166,7 +177,7 @@ def _scores(task, part, offers):
 
 def test_one_text_alone_knows_little(pricerunner_task):
     pytest.importorskip("sklearn")
-    aucs = leak_aucs(pricerunner_task, max_train_queries=1200)
+    aucs = leak_aucs(pricerunner_task, max_train_queries=700)
     assert aucs["item_text"] <= MAX_ITEM_AUC
     assert aucs["query_text"] <= MAX_QUERY_AUC
     assert aucs["category"] == pytest.approx(0.67, abs=0.02)
