@@ -230,6 +230,8 @@ def _print_json(command: str, model: Path, data: str, num_samples: int, metrics:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from recis.tagger.cli import add_tag
+
     parser = argparse.ArgumentParser(
         prog="recis",
         description="Train, evaluate and serve sparse-dense recommendation models.",
@@ -240,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     _add_work(commands)
     _add_looks(commands)
+    add_tag(commands)
     bench = commands.add_parser("bench", help="Results of `make bench`.", description="Results of `make bench`.")
     bench_commands = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     report = _add(

@@ -79,8 +79,8 @@ class WordEncoder(nn.Module):
             )
             states, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=width)
         else:
-            hidden = self.model(input_ids=batch.pieces, attention_mask=(batch.pieces != self._pad()).long())
-            states = _mean_per_word(hidden.last_hidden_state, batch.piece_word, width)
+            hidden = self.model(input_ids=batch.pieces, attention_mask=(batch.pieces != self.pad).long())
+            states = mean_per_word(hidden.last_hidden_state, batch.piece_word, width)
         return self.dropout(torch.cat([states, spelled], dim=-1))
 
     def batch(self, words: Sequence[Sequence[str]], pieces: Sequence[Sequence[Sequence[int]]]) -> WordBatch:
@@ -102,7 +102,7 @@ class WordEncoder(nn.Module):
                 owner = [number for number, word in enumerate(text) for _ in word]
                 owners.append([width, *owner, width])
             longest = max(map(len, rows))
-            rows = [row + [self._pad()] * (longest - len(row)) for row in rows]
+            rows = [row + [self.pad] * (longest - len(row)) for row in rows]
             owners = [row + [width] * (longest - len(row)) for row in owners]
         return WordBatch(
             lengths=torch.tensor([len(text) for text in words]),
@@ -134,7 +134,9 @@ class WordEncoder(nn.Module):
                 return found
             start = max(start + 1, end - OVERLAP_WORDS)
 
-    def _pad(self) -> int:
+    @property
+    def pad(self) -> int:
+        """Piece id that fills a row up."""
         return self.tokenizer.pad_token_id or 0
 
 
@@ -146,7 +148,7 @@ def gram_cells(word: str) -> list[int]:
     return [zlib.crc32(gram.encode()) % CELLS for gram in grams]
 
 
-def _mean_per_word(states: Tensor, piece_word: Tensor, width: int) -> Tensor:
+def mean_per_word(states: Tensor, piece_word: Tensor, width: int) -> Tensor:
     """Return [B, width, D] from pieces [B, P, D]; what is no word goes to place `width`, which is cut off."""
     num_texts, _, dim = states.shape
     index = piece_word[:, :, None].expand(-1, -1, dim)

@@ -150,6 +150,7 @@ class TaggerModel(nn.Module):
                 conf=min(1.0, min(chosen[start:end])),
                 char_start=text.starts[start],
                 char_end=text.ends[end - 1],
+                surface=text.surface(start, end),
             )
             for start, end, name in spans
         ]

@@ -92,6 +92,8 @@ class Span:
     rules: tuple[str, ...] = ()
     char_start: int = -1
     char_end: int = -1
+    surface: str = ""
+    """The tokens, joined by blanks."""
 
 
 def make_rule_id(kind: str, conditions: Iterable[Condition]) -> str:
@@ -100,15 +102,44 @@ def make_rule_id(kind: str, conditions: Iterable[Condition]) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:12]
 
 
-def surface_rule(kind: str, surface: str, **figures: float | int | str) -> Rule:
-    """Return the rule `surface -> type`; figures are the other fields of Rule."""
-    return Rule(type=kind, conditions=(Condition("surface", surface),), **figures)  # pyright: ignore[reportArgumentType]
+def surface_rule(
+    kind: str,
+    surface: str,
+    *,
+    precision: float = 1.0,
+    support: int = 0,
+    source: str = "seed",
+    round: int = 0,
+    enabled: bool = True,
+    note: str = "",
+) -> Rule:
+    """Return the rule `surface -> type`."""
+    return Rule(
+        type=kind,
+        conditions=(Condition("surface", surface),),
+        precision=precision,
+        support=support,
+        source=source,
+        round=round,
+        enabled=enabled,
+        note=note,
+    )
 
 
-def pair_rule(kind: str, one: Condition, two: Condition, length: int, **figures: float | int | str) -> Rule:
+def pair_rule(
+    kind: str,
+    one: Condition,
+    two: Condition,
+    length: int,
+    *,
+    precision: float = 1.0,
+    support: int = 0,
+    source: str = "seed",
+    round: int = 0,
+) -> Rule:
     """Return the rule `one AND two AND length -> type`."""
     conditions = (one, two, Condition(LENGTH, str(length)))
-    return Rule(type=kind, conditions=conditions, **figures)  # pyright: ignore[reportArgumentType]
+    return Rule(type=kind, conditions=conditions, precision=precision, support=support, source=source, round=round)
 
 
 def _check(rule: Rule) -> None:

@@ -52,6 +52,7 @@ def label(text: Text, matches: Mapping[tuple[int, int], Sequence[Rule]]) -> list
                 rules=tuple(sorted(rule.rule_id for rule in winners)),
                 char_start=text.starts[start],
                 char_end=text.ends[end - 1],
+                surface=text.surface(start, end),
             )
         )
     spans.sort(key=lambda span: span.start)
