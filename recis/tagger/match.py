@@ -17,6 +17,7 @@ from recis.tagger.vote import label
 Found = dict[tuple[int, int], list[Rule]]
 Partners = dict[int, dict[int, dict[int, tuple[Rule, ...]]]]  # condition -> length -> other condition -> rules
 
+_NOTHING: dict[int, dict[int, tuple[Rule, ...]]] = {}
 _START, _END, _INSIDE = 0, 1, 2
 _SIDES = {"prev": _START, "first": _START, "left": _START, "next": _END, "last": _END, "right": _END}
 
@@ -90,11 +91,13 @@ class _Pass:
     def _run_surfaces(self, tokens: tuple[str, ...], found: Found) -> None:
         surfaces, num_tokens = self._surfaces, len(tokens)
         for start, token in enumerate(tokens):
-            node, end = surfaces.get(token), start + 1
+            if token not in surfaces:
+                continue
+            node, end = surfaces[token], start + 1
             while node is not None:
                 if "" in node:
                     found[start, end] = list(node[""])
-                if end == num_tokens:
+                if end == num_tokens or (len(node) == 1 and "" in node):
                     break
                 node, end = node.get(tokens[end]), end + 1
 
@@ -106,15 +109,19 @@ class _Pass:
         inside: dict[tuple[int, int], list[int]] = {}
         for start in range(num_tokens):
             for anchor in begins[start]:
-                for length, others in by_start.get(anchor, {}).items():
+                for length, others in by_start.get(anchor, _NOTHING).items():
                     end = start + length
                     if end <= num_tokens:
-                        here = self._inside(text, start, end, inside) if self._has_inside else ()
-                        _collect(others, (*begins[start], *ends[end], *here), (start, end), found)
+                        if ends[end]:
+                            _collect(others, ends[end], (start, end), found)
+                        if len(begins[start]) > 1:
+                            _collect(others, begins[start], (start, end), found)
+                        if self._has_inside:
+                            _collect(others, self._inside(text, start, end, inside), (start, end), found)
         if by_end:
             for end in range(1, num_tokens + 1):
                 for anchor in ends[end]:
-                    for length, others in by_end.get(anchor, {}).items():
+                    for length, others in by_end.get(anchor, _NOTHING).items():
                         if end >= length:
                             here = self._inside(text, end - length, end, inside) if self._has_inside else ()
                             _collect(others, (*ends[end], *here), (end - length, end), found)
@@ -136,8 +143,13 @@ class _Pass:
         prev, first, left = (self._ids.get(kind) for kind in ("prev", "first", "left"))
         if prev:
             for size in self._sizes["prev"]:
+                if size == 1:
+                    for start, value in enumerate(padded[:-1]):
+                        if value in prev:
+                            found[start].append(prev[value])
+                    continue
                 for start in range(size - 1, len(tokens)):
-                    value = padded[start] if size == 1 else " ".join(padded[start + 1 - size : start + 1])
+                    value = " ".join(padded[start + 1 - size : start + 1])
                     if value in prev:
                         found[start].append(prev[value])
         if first:
@@ -157,8 +169,13 @@ class _Pass:
         following, last, right = (self._ids.get(kind) for kind in ("next", "last", "right"))
         if following:
             for size in self._sizes["next"]:
+                if size == 1:
+                    for end, value in enumerate(padded):
+                        if value in following:
+                            found[end].append(following[value])
+                    continue
                 for end in range(1, len(padded) - size + 1):
-                    value = padded[end] if size == 1 else " ".join(padded[end : end + size])
+                    value = " ".join(padded[end : end + size])
                     if value in following:
                         found[end].append(following[value])
         if last:

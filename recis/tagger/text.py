@@ -53,8 +53,17 @@ def tokenize(text: str, tokenizer: str = TOKENIZER) -> Text:
         raise ValueError(f"tokenizer {tokenizer!r} is not known; there are {', '.join(TOKENIZERS)}")
     pattern = _TOKEN if tokenizer == TOKENIZER else _WORD
     if text.isascii():
-        pieces = [(match.group(), *match.span()) for match in pattern.finditer(text.lower())]
-        return Text(text, *_columns(pieces))
+        lowered = text.lower()
+        ends: list[int] = []
+        starts: list[int] = []
+        tokens = tuple(pattern.findall(lowered))
+        end = 0
+        for token in tokens:  # each begins behind the one before, so a search from there finds it
+            start = lowered.find(token, end)
+            end = start + len(token)
+            starts.append(start)
+            ends.append(end)
+        return Text(text, tokens, tuple(starts), tuple(ends))
     folded, origins = _fold(text)
     pieces = [
         (match.group(), origins[match.start()][0], origins[match.end() - 1][1]) for match in pattern.finditer(folded)

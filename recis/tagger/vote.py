@@ -15,8 +15,10 @@ from recis.tagger.text import Text
 
 def majority(types: Sequence[str]) -> tuple[str | None, float]:
     """Return the type with most votes and its share of them; None on a tie, and without votes."""
-    if len(types) == 1:
+    if types and types.count(types[0]) == len(types):
         return types[0], 1.0
+    if len(types) == 2:
+        return None, 0.0
     ranked = Counter(types).most_common(2)
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None, 0.0
@@ -30,7 +32,7 @@ def label(text: Text, matches: Mapping[tuple[int, int], Sequence[Rule]]) -> list
     """
     voted: list[tuple[int, float, int, str, Sequence[Rule]]] = []
     for (start, end), rules in matches.items():
-        name, share = majority([rule.type for rule in rules])
+        name, share = (rules[0].type, 1.0) if len(rules) == 1 else majority([rule.type for rule in rules])
         if name is not None:
             voted.append((start - end, -share, start, name, rules))
     if len(voted) > 1:
@@ -39,10 +41,10 @@ def label(text: Text, matches: Mapping[tuple[int, int], Sequence[Rule]]) -> list
     spans: list[Span] = []
     for negative_length, negative_share, start, name, rules in voted:
         end = start - negative_length
-        if any(taken[start:end]):
+        if 1 in taken[start:end]:
             continue
         taken[start:end] = b"\x01" * (end - start)
-        winners = [rule for rule in rules if rule.type == name]
+        winners = rules if len(rules) == 1 else [rule for rule in rules if rule.type == name]
         spans.append(
             Span(
                 start=start,
