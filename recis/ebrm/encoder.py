@@ -100,7 +100,10 @@ class EncoderScorer(QEScorer):
     def update_hash(self, digest: "hashlib._Hash") -> None:
         """Feed weights and tokenizer into a hash."""
         super().update_hash(digest)
-        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # of the last call: not of the tokenizer
+            del parts[name]
+        digest.update(json.dumps(parts, sort_keys=True).encode())
         digest.update(str(self.max_tokens).encode())
 
     def _tokens(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
@@ -145,7 +148,9 @@ def text_of(entity_id: str) -> str:
 
 
 def train_wordpiece(corpus: Iterable[str]) -> Any:
-    """Return a BERT tokenizer with a lower-case WordPiece vocabulary trained on a corpus; the same for the same corpus.
+    """Return a BERT tokenizer with a lower-case WordPiece vocabulary trained on a corpus.
+
+    Numbers are by spelling. Among words of one count at the limit of 8,000 the trainer's choice may differ between runs.
 
     Raises:
         ConfigError: the corpus has no words.
@@ -161,4 +166,7 @@ def train_wordpiece(corpus: Iterable[str]) -> Any:
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(SPECIAL):
         raise ConfigError("the corpus of a small encoder has no words; give titles, queries and entity texts")
-    return BertTokenizer(vocab=vocabulary, do_lower_case=True)
+    words = sorted(
+        set(vocabulary) - set(SPECIAL)
+    )  # the trainer numbers equals in an order that changes from run to run
+    return BertTokenizer(vocab={word: place for place, word in enumerate((*SPECIAL, *words))}, do_lower_case=True)
