@@ -104,18 +104,19 @@ def forward(inputs: AttentionInputs, weigh: Weigh, masked: float) -> tuple[Tenso
     num_heads = query.shape[1]
     out = query.new_zeros(query.shape[0], num_heads, value.shape[2])
     log_sum = torch.full((query.shape[0], num_heads), -torch.inf, dtype=inputs.sum_dtype)
-    for group in _groups(inputs):
-        block = _Block(inputs, group)
-        outs = block.values.new_zeros(*block.queries.shape[:3], value.shape[2])
-        logs = outs.new_full((*outs.shape[:3], 1), -torch.inf)
-        for tile in _tiles(inputs, group):
-            heads, rows, columns = tile
-            weights, total, log = weigh(_scores(inputs, block, tile, masked)[0], block.divisor)
-            outs[:, heads, rows] = (weights @ block.values[:, heads, columns]).div_(total)
-            if log is not None:
-                logs[:, heads, rows] = log
-        group.queries.store(out, outs)
-        group.queries.store(log_sum[..., None], logs)
+    with torch.autocast("cpu", enabled=False):  # what is summed in float32 stays so inside autocast too
+        for group in _groups(inputs):
+            block = _Block(inputs, group)
+            outs = block.values.new_zeros(*block.queries.shape[:3], value.shape[2])
+            logs = outs.new_full((*outs.shape[:3], 1), -torch.inf)
+            for tile in _tiles(inputs, group):
+                heads, rows, columns = tile
+                weights, total, log = weigh(_scores(inputs, block, tile, masked)[0], block.divisor)
+                outs[:, heads, rows] = (weights @ block.values[:, heads, columns]).div_(total)
+                if log is not None:
+                    logs[:, heads, rows] = log
+            group.queries.store(out, outs)
+            group.queries.store(log_sum[..., None], logs)
     return out, log_sum
 
 
@@ -132,33 +133,34 @@ def backward(
         for table in (inputs.position_table, inputs.time_table)
     )
     wide = inputs.sum_dtype
-    for group in _groups(inputs):
-        block = _Block(inputs, group)
-        grad_outs = group.queries.load(grad, wide)
-        weighted, logs = None, None
-        if out is not None and log_sum is not None:
-            weighted = (group.queries.load(out, wide) * grad_outs).sum(3, keepdim=True)
-            logs = group.queries.load(log_sum[..., None], wide)
-        query_grads, key_grads, value_grads = (
-            torch.zeros_like(part) for part in (block.queries, block.keys, block.values)
-        )
-        for tile in _tiles(inputs, group):
-            heads, rows, columns = tile
-            scores, buckets = _scores(inputs, block, tile, masked)
-            grad_out = grad_outs[:, heads, rows]
-            grad_weights = grad_out @ block.values[:, heads, columns].mT
-            log, mean = (None if part is None else part[:, heads, rows] for part in (logs, weighted))
-            weights, slopes = pull(scores, grad_weights, log, mean, block.divisor)
-            value_grads[:, heads, columns] += weights.mT @ grad_out
-            query_grads[:, heads, rows] = (slopes @ block.keys[:, heads, columns]).mul_(inputs.scale)
-            key_grads[:, heads, columns] += (slopes.mT @ block.queries[:, heads, rows]).mul_(inputs.scale)
-            if inputs.position_table is not None:
-                _fold_distances(slopes, _ahead(group, tile), position_grad[heads])
-            if buckets is not None:
-                _fold_buckets(slopes, buckets, time_grad[heads])
-        group.queries.store(query_grad, query_grads)
-        group.keys.store(key_grad, key_grads)
-        group.keys.store(value_grad, value_grads)
+    with torch.autocast("cpu", enabled=False):  # what is summed in float32 stays so inside autocast too
+        for group in _groups(inputs):
+            block = _Block(inputs, group)
+            grad_outs = group.queries.load(grad, wide)
+            weighted, logs = None, None
+            if out is not None and log_sum is not None:
+                weighted = (group.queries.load(out, wide) * grad_outs).sum(3, keepdim=True)
+                logs = group.queries.load(log_sum[..., None], wide)
+            query_grads, key_grads, value_grads = (
+                torch.zeros_like(part) for part in (block.queries, block.keys, block.values)
+            )
+            for tile in _tiles(inputs, group):
+                heads, rows, columns = tile
+                scores, buckets = _scores(inputs, block, tile, masked)
+                grad_out = grad_outs[:, heads, rows]
+                grad_weights = grad_out @ block.values[:, heads, columns].mT
+                log, mean = (None if part is None else part[:, heads, rows] for part in (logs, weighted))
+                weights, slopes = pull(scores, grad_weights, log, mean, block.divisor)
+                value_grads[:, heads, columns] += weights.mT @ grad_out
+                query_grads[:, heads, rows] = (slopes @ block.keys[:, heads, columns]).mul_(inputs.scale)
+                key_grads[:, heads, columns] += (slopes.mT @ block.queries[:, heads, rows]).mul_(inputs.scale)
+                if inputs.position_table is not None:
+                    _fold_distances(slopes, _ahead(group, tile), position_grad[heads])
+                if buckets is not None:
+                    _fold_buckets(slopes, buckets, time_grad[heads])
+            group.queries.store(query_grad, query_grads)
+            group.keys.store(key_grad, key_grads)
+            group.keys.store(value_grad, value_grads)
     return query_grad, key_grad, value_grad, position_grad.to(wide), time_grad.to(wide)
 
 

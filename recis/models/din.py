@@ -7,6 +7,7 @@ Aligned sequences (item and category of the same click) are one interest: they h
 and its sequence usually share a table. Source: Zhou et al. 2018, arXiv:1706.06978.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,27 +92,41 @@ class Din(nn.Module):
         self.mlp = MLP(width, config.hidden, out_width=out, activation=config.activation, dropout=config.dropout)
 
     def _width(self, interest: Interest) -> int:
-        for name in interest.target:
-            if name not in self.inputs.widths:
-                raise ConfigError(f"{interest}: no pooled feature {name!r}; {nearest(name, self.inputs.widths)}")
-        target = sum(self.inputs.widths[name] for name in interest.target)
-        sequence = sum(self.sequences.embedding_dims[name] for name in interest.sequence)
-        if target != sequence:
-            raise ConfigError(f"{interest}: both sides need one total width; target has {target}, sequence {sequence}")
-        return target
+        return interest_width(interest, self.inputs.widths, self.sequences.embedding_dims)
 
     def forward(self, batch: "Batch") -> Tensor:
         vectors = self.inputs.vectors(batch)
         sequences = self.sequences(batch.sparse)
         attended = [
-            attention(torch.cat([vectors[name] for name in interest.target], dim=1), _aligned(interest, sequences))
+            attention(torch.cat([vectors[name] for name in interest.target], dim=1), aligned(interest, sequences))
             for interest, attention in zip(self.interests, self.attention, strict=True)
         ]
         return self.mlp(torch.cat([*vectors.values(), *attended, self.inputs.dense(batch)], dim=1))
 
 
-def _aligned(interest: Interest, sequences: dict[str, JaggedTensor]) -> JaggedTensor:
-    """Return the sequences of one interest as one, vectors side by side."""
+def interest_width(interest: Interest, pooled: Mapping[str, int], sequences: Mapping[str, int]) -> int:
+    """Return the width of an interest's target; ConfigError where a feature is missing or its sequence has another one.
+
+    Args:
+        interest: what is matched.
+        pooled, sequences: widths of the pooled and of the sequence features, by name.
+    """
+    for name in interest.target:
+        if name not in pooled:
+            raise ConfigError(f"{interest}: no pooled feature {name!r}; {nearest(name, pooled)}")
+    target = sum(pooled[name] for name in interest.target)
+    sequence = sum(sequences[name] for name in interest.sequence)
+    if target != sequence:
+        raise ConfigError(f"{interest}: both sides need one total width; target has {target}, sequence {sequence}")
+    return target
+
+
+def aligned(interest: Interest, sequences: dict[str, JaggedTensor]) -> JaggedTensor:
+    """Return the sequences of one interest as one, vectors side by side.
+
+    Raises:
+        ValueError: they differ in the number of entries.
+    """
     parts = [sequences[name] for name in interest.sequence]
     if len({part.num_values for part in parts}) > 1:
         sizes = {name: sequences[name].num_values for name in interest.sequence}

@@ -13,7 +13,7 @@ from recis.errors import ConfigError
 from recis.io.batch import Batch
 from recis.jagged import JaggedTensor, KeyedJaggedTensor
 from recis.metrics import ExactAuc
-from recis.models import dcn, deepfm, din, dlrm, multitask
+from recis.models import bst, dcn, deepfm, din, dlrm, multitask
 from recis.models.inputs import DenseInput, PooledInputs
 from recis.models.losses import binary_loss
 from recis.models.sampling import take_samples
@@ -93,6 +93,45 @@ def din_reference(model, weights, batch) -> Tensor:
     return mlp(weights, "mlp", torch.cat([*vectors.values(), attended, batch.dense.double()], 1))
 
 
+def layer_norm(weights: dict[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return scaled * weights[f"{prefix}.weight"] + weights[f"{prefix}.bias"]
+
+
+def bst_block(weights: dict[str, Tensor], prefix: str, x: Tensor, num_heads: int) -> Tensor:
+    """Post-norm, every position sees every other; leaky ReLU of slope .01."""
+    parts = [affine(weights, f"{prefix}.attention.{part}", x).chunk(num_heads, 1) for part in ("query", "key", "value")]
+    heads = [(q @ k.T / q.shape[1] ** 0.5).softmax(1) @ v for q, k, v in zip(*parts, strict=True)]
+    x = layer_norm(
+        weights, f"{prefix}.attention_norm", x + affine(weights, f"{prefix}.attention.out", torch.cat(heads, 1))
+    )
+    inner = affine(weights, f"{prefix}.feed.0", x)
+    inner = torch.where(inner > 0, inner, 0.01 * inner)
+    return layer_norm(weights, f"{prefix}.feed_norm", x + affine(weights, f"{prefix}.feed.2", inner))
+
+
+def bst_reference(model, weights, batch) -> Tensor:
+    vectors = embedded(model, batch)
+    sequences = model.sequences(batch.sparse)
+    target = torch.cat([vectors["item_id"], vectors["category"]], 1)
+    history = torch.cat([sequences["clicked_items"].values, sequences["clicked_categories"].values], 1).double()
+    ends = sequences["clicked_items"].offsets.tolist()
+    out = []
+    for b in range(batch.num_samples):
+        x = torch.cat([history[ends[b] : ends[b + 1]], target[b : b + 1]])
+        distance = torch.arange(len(x) - 1, -1, -1).clamp(max=15)
+        x = bst_block(weights, "behaviour.0.blocks.0", x + weights["behaviour.0.distances.table"][distance], 2)
+        mean = x[:-1].mean(0) if len(x) > 1 else torch.zeros_like(x[0])
+        out.append(torch.cat([x[-1], mean]))
+    found = torch.stack(out) if out else torch.cat([target, target], 1)
+    x = torch.cat([*vectors.values(), found, batch.dense.double()], 1)
+    for place in (0, 2, 4):
+        x = affine(weights, f"mlp.{place}", x)
+        x = x if place == 4 else torch.where(x > 0, x, 0.01 * x)
+    return x
+
+
 def mmoe_reference(model, weights, batch) -> Tensor:
     x = torch.cat([*embedded(model, batch).values(), batch.dense.double()], 1)
     experts = [stacked(weights, "mixture.experts", e, x, 1, last=False) for e in range(3)]
@@ -134,6 +173,7 @@ CASES = {
     "dcn": Case(dcn.synthetic(), dcn_reference, 1, (0.70,)),
     "dcn stacked": Case(replace(dcn.synthetic(), stacked=True), dcn_reference, 1, (0.70,)),
     "din": Case(din.synthetic(), din_reference, 1, (0.70,)),
+    "bst": Case(bst.synthetic(), bst_reference, 1, (0.70,)),
     "mmoe": Case(multitask.synthetic_mmoe(), mmoe_reference, 2, (0.68, 0.74)),
     "ple": Case(multitask.synthetic_ple(), ple_reference, 2, (0.68, 0.74)),
 }

@@ -10,7 +10,7 @@ from recis.recipes import call_recipe, zoo
 from recis.trainer import Trainer
 
 
-@pytest.mark.parametrize("name", ["dlrm", "deepfm", "dcn", "din", "mmoe", "ple"])
+@pytest.mark.parametrize("name", ["dlrm", "deepfm", "dcn", "din", "bst", "mmoe", "ple"])
 def test_click_models_learn(name, tmp_path):
     config = call_recipe(f"recis.recipes.zoo:{name}", data=None, out=tmp_path, settings=["num_samples=16384"])
     metrics = Trainer(config, None, quiet=True).train()
@@ -30,11 +30,21 @@ def test_data_is_refused(tmp_path):
         zoo.dlrm(data="clicks.parquet", out=tmp_path)
 
 
-def test_two_towers_stopped_and_resumed_end_in_the_same_bytes(tmp_path):
-    """Draws, item frequencies and metric states go on where the checkpoint left them."""
+@pytest.mark.parametrize(("name", "least"), [("sasrec", 0.5), ("hstu", 0.4), ("seq2seq", 0.2)])
+def test_sequence_models_learn(name, least, tmp_path):
+    """The next item can be told about 7 times in 10; the most popular one comes about 7 times in 100."""
+    config = call_recipe(f"recis.recipes.zoo:{name}", data=None, out=tmp_path, settings=[])
+    metrics = Trainer(config, None, quiet=True).train()
+    assert least < metrics["hit@1"] < 0.8
+
+
+@pytest.mark.parametrize("name", ["two_towers", "bst", "sasrec", "hstu", "seq2seq"])
+def test_stopped_and_resumed_end_in_the_same_bytes(name, tmp_path):
+    """Draws, item frequencies, dropout and metric states go on where the checkpoint left them."""
 
     def make(folder: str, *, resume: bool = False) -> Trainer:
-        config = replace(zoo.two_towers(data=None, out=tmp_path, num_samples=12 * 256), save_every_steps=4)
+        config = getattr(zoo, name)(data=None, out=tmp_path, num_samples=12 * 128)
+        config = replace(config, train_data=replace(config.train_data, batch_size=128), save_every_steps=4)
         return Trainer(config, tmp_path / folder, resume=resume, quiet=True)
 
     def files(folder: str) -> dict[str, str]:
