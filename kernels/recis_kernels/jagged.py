@@ -18,7 +18,7 @@ from torch import Tensor
 from recis_kernels import jagged_triton
 from recis_kernels.contents import check_offsets, check_range
 from recis_kernels.dispatch import Impl, choose, njit
-from recis_kernels.jagged_copy import bags_to_padded, padded_to_bags, running_sums
+from recis_kernels.jagged_copy import bags_to_padded, padded_to_bags, running_sums, short_running_sums
 from recis_kernels.jagged_triton import words
 from recis_kernels.threads import run_parts, split
 
@@ -28,8 +28,10 @@ def lengths_to_offsets(lengths: Tensor) -> Tensor:
     _check_index(lengths, "lengths")
     check_range("lengths", lengths, 0, None)
     if on_host(lengths):
+        lengths = lengths.contiguous()
         offsets = lengths.new_empty(lengths.shape[0] + 1)
-        running_sums(lengths.numpy(), offsets.numpy())
+        sums = running_sums if lengths.dtype == torch.int64 else short_running_sums
+        sums(lengths.data_ptr(), lengths.shape[0], offsets.data_ptr())
         return offsets
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 

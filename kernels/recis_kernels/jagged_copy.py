@@ -12,6 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from recis_kernels.address import load_int32, load_int64, store_int32, store_int64
 from recis_kernels.dispatch import njit
 
 
@@ -25,6 +26,18 @@ def _copy(typingctx, target, source, num_bytes):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _clear(typingctx, address, num_bytes):
+    del typingctx, address, num_bytes
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        target = builder.inttoptr(args[0], ir.PointerType(ir.IntType(8)))
+        cgutils.memset(builder, target, args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 def _store(typingctx, address, word):
@@ -52,6 +65,7 @@ def _store_byte(typingctx, address, word):
 
 
 _copy_bytes: Any = intrinsic(_copy)
+_clear_bytes: Any = intrinsic(_clear)
 _store_word: Any = intrinsic(_store)
 _store_low_byte: Any = intrinsic(_store_byte)
 
@@ -59,6 +73,9 @@ _store_low_byte: Any = intrinsic(_store_byte)
 @njit
 def _fill(address, num_bytes, pattern):
     """Write the 8 bytes of `pattern`, little endian, again and again."""
+    if pattern == 0:
+        _clear_bytes(address, num_bytes)
+        return
     whole = num_bytes & ~7
     for at in range(0, whole, 8):
         _store_word(address + at, pattern)
@@ -120,9 +137,20 @@ def reorder_offsets(ends, order, new_ends, starts):
 
 
 @njit
-def running_sums(lengths, ends):
-    """Write the offsets of lengths."""
-    total = ends[0] = 0
-    for bag in range(lengths.size):
-        total += lengths[bag]
-        ends[bag + 1] = total
+def running_sums(lengths, num_lengths, ends):
+    """Write the offsets of int64 lengths: both addresses."""
+    total = 0
+    store_int64(ends, total)
+    for bag in range(num_lengths):
+        total += load_int64(lengths + 8 * bag)
+        store_int64(ends + 8 * bag + 8, total)
+
+
+@njit
+def short_running_sums(lengths, num_lengths, ends):
+    """The same of int32."""
+    total = 0
+    store_int32(ends, total)
+    for bag in range(num_lengths):
+        total += load_int32(lengths + 4 * bag)
+        store_int32(ends + 4 * bag + 4, total)

@@ -44,8 +44,26 @@ def place_loop(source, rows, target):
 
 
 @njit
+def _max_column(source, ends, tops, rows, start, stop):
+    for bag in range(start, stop):
+        first, last = ends[bag], ends[bag + 1]
+        top, best = source.dtype.type(0), source.size
+        if first < last:
+            top, best = source[first], first
+        for row in range(first + 1, last):
+            value = source[row]
+            if value > top or (value != value and top == top):
+                top, best = value, row
+        tops[bag] = top
+        rows[bag] = best
+
+
+@njit
 def max_loop(source, ends, tops, rows, start, stop):
     dim = source.shape[1]
+    if dim == 1:
+        _max_column(source.reshape(-1), ends, tops.reshape(-1), rows.reshape(-1), start, stop)
+        return
     for bag in range(start, stop):
         first, last = ends[bag], ends[bag + 1]
         for column in range(dim):

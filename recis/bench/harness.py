@@ -34,6 +34,7 @@ def compare(
     missing: Sequence[str] = (),
     targets: Mapping[str, float] | None = None,
     rounds: int = MIN_ROUNDS,
+    calls: int = 1,
     device: str = "cpu",
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -49,12 +50,16 @@ def compare(
         missing: names of peers that are not installed here.
         targets: peer -> least ratio p50_peer / p50_ours; "items_per_s" -> least rate of ours.
         rounds: at least this many; fewer than 30 only for jobs that take seconds, and the file shows it.
+        calls: how often an implementation runs in its turn of a round; times are those of one call. More than 1 for jobs
+            of microseconds, of which a single call after a pause measures how fast the core wakes.
 
     Raises:
         ValueError: `ours` is not among `impls`.
     """
     if ours not in impls:
         raise ValueError(f"ours={ours!r} must be one of impls {sorted(impls)}")
+    if calls > 1:
+        impls = {name: partial(_repeated, run, calls) for name, run in impls.items()}
     for _ in range(WARM_UP_ROUNDS):
         for run in impls.values():
             run()
@@ -67,8 +72,9 @@ def compare(
             break
     # pytest-benchmark keeps its own record of ours; the peers run in each round's set-up, so that its rounds are alternated too
     benchmark.pedantic(impls[ours], setup=partial(_peers_once, impls, ours, device), rounds=5, iterations=1)
-    results = {name: _summary(seconds, bytes_moved, items, device) for name, seconds in times.items()}
-    p50_ms = {name: float(np.median(seconds)) * 1e3 for name, seconds in times.items()}
+    one = {name: [turn / calls for turn in seconds] for name, seconds in times.items()}
+    results = {name: _summary(seconds, bytes_moved, items, device) for name, seconds in one.items()}
+    p50_ms = {name: float(np.median(seconds)) * 1e3 for name, seconds in one.items()}
     info: dict[str, Any] = {
         "case": case,
         "ours": ours,
@@ -77,6 +83,7 @@ def compare(
         "load_average": round(os.getloadavg()[0], 2),
         "copy_gb_per_s": round(copy_gb_per_s(device), 2) if bytes_moved is not None else None,
         "rounds": rounds,
+        "calls": calls,
         "attempts": attempts,
         "spread": round(_spread(times[ours]), 3),
         "results": results,
@@ -87,6 +94,11 @@ def compare(
     }
     benchmark.extra_info.update(info)
     return info
+
+
+def _repeated(run: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def at_threads(num_threads: int, run: Callable[[], object]) -> Callable[[], object]:

@@ -67,7 +67,7 @@ def to_text(rows: list[dict[str, Any]]) -> str:
         share = f", {row['share_of_copy']:.0%} of copy" if row["share_of_copy"] else ""
         lines.append(f"{row['name']}  [{row['case']}]")
         lines.append(
-            f"    {row['ours']}: {row['p50_ms']:.3f} ms{rate}{share}   (load {row['load_average']}, spread {row['spread']})"
+            f"    {row['ours']}: {row['p50_ms']:.4g} ms{rate}{share}   (load {row['load_average']}, spread {row['spread']})"
         )
         lines += [f"    {peer}: {ratio:.2f}x our time" for peer, ratio in row["ratio_to"].items()]
         lines += [f"    {peer}: not installed here" for peer in row["missing"]]
@@ -93,7 +93,7 @@ def to_html(rows: list[dict[str, Any]]) -> str:
             for name, (least, met) in row["targets"].items()
         )
         parts.append(
-            f"<h2>{html.escape(row['case'])}</h2><p>{row['p50_ms']:.3f} ms</p><table>{bars}</table><ul>{targets}</ul>"
+            f"<h2>{html.escape(row['case'])}</h2><p>{row['p50_ms']:.4g} ms</p><table>{bars}</table><ul>{targets}</ul>"
         )
     style = (
         "body{font:15px system-ui;max-width:60em;margin:2em auto;padding:0 1em}table{width:100%}td:nth-child(2){width:60%}"

@@ -61,6 +61,13 @@ def test_repeats_while_the_machine_is_busy(quick, monkeypatch):
     assert info["attempts"] == harness.MAX_ATTEMPTS
 
 
+def test_short_jobs_run_often_in_their_turn(quick):
+    info, calls = run_compare(FakeBenchmark(), calls=4)
+    assert calls[: 4 * 2] == ["ours"] * 4 + ["peer"] * 4
+    assert info["calls"] == 4
+    assert 1.0 <= info["results"]["ours"]["p50_ms"] < 4.0  # of one call, not of four
+
+
 def test_unknown_ours_is_an_error():
     with pytest.raises(ValueError, match="'mine' must be one of"):
         compare(FakeBenchmark(), case="x", ours="mine", impls={"ours": lambda: None})
