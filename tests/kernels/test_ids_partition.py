@@ -44,6 +44,7 @@ def test_matches_reference(rule, num_ranks):
         torch.arange(-700, 700) * 65536,  # one slice under "mod"
         extremes.repeat(2),
         extremes[:0],
+        torch.full((3000,), -7),
     ]
     for ids in batches:
         got, want = ids_partition(ids, num_ranks, rule), ids_partition(ids, num_ranks, rule, impl="reference")
@@ -59,7 +60,8 @@ def test_matches_reference(rule, num_ranks):
 def test_kernels_match_the_loops(rule, num_ranks):
     extremes = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 65536, -65536])
     strided = torch.stack((torch.arange(-150, 150) * 65536, torch.zeros(300, dtype=torch.int64)), dim=1)[:, 0]
-    for ids in (torch.randint(-(2**63), 2**63 - 1, (300,)).repeat(2), strided, extremes.repeat(2), extremes[:0]):
+    one = torch.full((300,), -7)  # duplicates only
+    for ids in (torch.randint(-(2**63), 2**63 - 1, (300,)).repeat(2), strided, extremes.repeat(2), one, extremes[:0]):
         got, want = (ids_partition(ids, num_ranks, rule, impl=impl) for impl in ("triton", "numba"))
         for field in ("ids", "counts", "inverse"):
             assert getattr(got, field).dtype == getattr(want, field).dtype

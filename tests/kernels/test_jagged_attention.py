@@ -366,7 +366,7 @@ def test_wrong_contents_are_refused(impl):
     time = make_time(5, 5, 2)
     with recis_kernels.checks():
         for offsets in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6]):
-            with pytest.raises(ValueError, match="^offsets must ascend from 0 to 5"):
+            with pytest.raises(ValueError, match=r"^offsets must ascend from 0 to 5"):
                 jagged_attention(*rows, torch.tensor(offsets), impl=impl)
         flipped = replace(time, boundaries=time.boundaries.flip(0))
         with pytest.raises(ValueError, match=r"time.boundaries must ascend"):

@@ -95,6 +95,17 @@ def test_kernels_match_the_loops(steps, mirrored):
     run_steps(steps, ["numba", "triton"], mirrored=mirrored)
 
 
+@IMPLS
+def test_duplicates_only(impl):
+    index, allocator = new_index(2), RowAllocator(10)
+    for segment, row in ((1, 0), (0, 1)):
+        ids = torch.full((300,), -(2**63))
+        rows, is_new = find_or_insert_rows(index, ids, segment, allocator, impl=impl)
+        assert rows.tolist() == [row] * 300
+        assert is_new.tolist() == [True] + [False] * 299
+    assert allocator.num_used() == 2
+
+
 def test_without_determinism_rows_follow_positions():
     index, allocator = new_index(1), RowAllocator(10)
     ids = torch.tensor([5, 3, 5, 4])

@@ -276,6 +276,22 @@ def test_rows_beyond_two_to_the_31_elements(dtype, impl):
     assert not blocks.read(torch.tensor([1, 2, (1 << blocks.shift) - 3]))["state.m"].any()
 
 
+@pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
+@pytest.mark.parametrize("per_position", [False, True])
+def test_duplicates_only(impl, per_position):
+    """700 positions of one row, in one huge bag or each with its own gradient: one step with the sum, 700 (1, 2)."""
+    blocks, grads = store_of(SGD, 3, 2), torch.tensor([[1.0, 2.0]] * (700 if per_position else 1))
+    before, offsets = blocks.read(torch.arange(3))["weight"], torch.tensor([0, 700])
+    view = RowGrad(torch.zeros(700, dtype=torch.int64), offsets, 1, per_position=per_position, grad=grads)
+    lookup = PendingLookup(torch.tensor([1]), torch.zeros(1).int(), torch.tensor([700]).int(), [view])
+    rate = 2.0**-4
+    line = torch.tensor([[{"lr": rate}.get(name, 0.0) for name in SGD.scalars]], dtype=torch.float64)
+    fused_update(blocks, [lookup], SGD, line, step=2, impl=impl)
+    before[1] -= rate * 700 * torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(blocks.read(torch.arange(3))["weight"], before, rtol=1e-6, atol=0)
+    assert blocks.read(torch.tensor([1]))["count"].tolist() == [701]
+
+
 @pytest.mark.parametrize("impl", ["numba", "triton"])
 def test_no_rows_in_any_version(impl):
     blocks = store_of(ADAM, 3, 2)
