@@ -15,7 +15,7 @@ import numpy as np
 
 from recis.ebrm.calibrate import NotCalibratedError, VerdictThresholds
 from recis.ebrm.entities import Entity, Item, none_id
-from recis.ebrm.overrides import Matched, Rule
+from recis.ebrm.overrides import Matched, Override, Rule
 
 if TYPE_CHECKING:
     from recis.ebrm.model import EBRM
@@ -137,7 +137,9 @@ def verdicts(explanation: Explanation) -> Verdicts:
     return Verdicts(category, attributes)
 
 
-def explain(model: "EBRM", query: str, item: Item, *, query_types: Collection[str] = ()) -> Explanation:
+def explain(
+    model: "EBRM", query: str, item: Item, *, query_types: Collection[str] = (), trial: Override | None = None
+) -> Explanation:
     """Explain the relevance of an item to a query, with the overrides in force.
 
     Scores the none entity of every type besides the item's own entities, because it tells what the query asks for.
@@ -147,15 +149,17 @@ def explain(model: "EBRM", query: str, item: Item, *, query_types: Collection[st
         query: as typed.
         item: the item.
         query_types: types that the query's own entities are known to name; they count as constrained.
+        trial: an override to be looked at before it is added: everything is as if it were in force, `overrides` excepted.
 
     Raises:
         ValueError: as `EBRM.score`.
+        ConfigError: the trial's type is not declared.
     """
     schema = model.config.schema
     packed = model.pack([item, Item(id=f"{item.id} without entities")])
     logits, stand_ins = model.entity_logits(query, packed)
     scores = model.score(query, packed.select(np.array([0])))
-    matched = model.overrides.match(scores.query)
+    matched = model.overrides.match(scores.query, trial)
     s_of = dict(zip(packed.distinct, _sigmoid(logits.astype(np.float64)).tolist(), strict=True))
     is_stand_in = dict(zip(packed.distinct, stand_ins.tolist(), strict=True))
     slots = [_slot(entities, s_of, matched) for entities in schema.slots(item.entities)]

@@ -211,15 +211,23 @@ class Overrides:
             raise ConfigError("override: owner must say who removes the rule; got an empty one")
         self._enact(self._append({"action": "remove", "removes": version, "owner": owner, "reason": reason}))
 
-    def match(self, query: str) -> Matched:
-        """Return the rules that hold for a canonical query."""
-        if not self._rules:
+    def match(self, query: str, trial: Override | None = None) -> Matched:
+        """Return the rules that hold for a canonical query.
+
+        Args:
+            query: canonical.
+            trial: a rule that counts as if it had just been added; nothing is kept of it. Raises as `add`.
+        """
+        rules = list(self._rules.values())
+        if trial is not None:
+            rules.append(self._rule(self.version + 1, self._canonical(trial)))
+        if not rules:
             return no_match()
         today = self._now().date()
         entities: dict[str, Rule] = {}
         types: dict[str, Rule] = {}
         expired = []
-        for rule in self._rules.values():
+        for rule in rules:
             if not rule.matches(query):
                 continue
             if rule.is_expired(today):
@@ -274,12 +282,16 @@ class Overrides:
         if record["action"] == "remove":
             del self._rules[record["removes"]]
             return None
-        override = Override.from_json(record["rule"])
-        pattern = None if override.query_regex is None else re.compile(override.query_regex)
-        flags = tuple(record["flags"])
-        rule = Rule(version=record["version"], override=override, time=record["time"], flags=flags, pattern=pattern)
+        rule = self._rule(
+            record["version"], Override.from_json(record["rule"]), time=record["time"], flags=tuple(record["flags"])
+        )
         self._rules[rule.version] = rule
         return rule
+
+    @staticmethod
+    def _rule(version: int, override: Override, *, time: str = "", flags: tuple[str, ...] = ()) -> Rule:
+        pattern = None if override.query_regex is None else re.compile(override.query_regex)
+        return Rule(version=version, override=override, time=time, flags=flags, pattern=pattern)
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from recis.ebrm import EBRM, EBRMConfig, EntitySchema, Item, Override, QEScorer, TypeConfig, explain, verdicts
 from recis.ebrm.calibrate import NotCalibratedError, VerdictThresholds
 from recis.ebrm.explanation import LOGICS, Case, evaluate, forced, others_product, slopes_of
+from recis.errors import ConfigError
 
 SCHEMA = EntitySchema(types=(TypeConfig(name="category"), TypeConfig(name="brand"), TypeConfig(name="colour")))
 TRUTHS = {
@@ -152,3 +153,32 @@ def test_verdicts():
     assert verdicts(strict) == ("near", {"brand": "ok", "colour": "miss"})
     no_category = model_of(category_type="leaf")
     assert verdicts(explain(no_category, QUERY, ITEM_X)).category is None
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        Override(query=QUERY, entity="colour:Red", op="set", value=1, owner="o"),
+        Override(query_regex="^nike", entity="colour:none", op="max", value=0.1, owner="o"),
+        Override(entity="brand:nike", op="min", value=1, owner="o"),  # of lower rank than the rule in force
+        Override(query=QUERY, type="colour", op="max", value=0.25, owner="o"),
+    ],
+)
+def test_a_trial_shows_what_adding_the_override_would_do_and_keeps_nothing(trial):
+    model, item = model_of(), Item(id="y", entities=(*ITEM_X.entities[:4], SCHEMA.entity("colour", "black", conf=0.5)))
+    model.overrides.add(Override(query=QUERY, entity="brand:nike", op="set", value=0.7, owner="o"))
+    before = explain(model, QUERY, item)
+    tried = explain(model, QUERY, item, trial=trial)
+    assert explain(model, QUERY, item) == before
+    assert len(model.overrides) == model.overrides.version == 1
+    model.overrides.add(trial)
+    added = explain(model, QUERY, item)
+    assert (tried.r, tried.types) == (added.r, added.types)
+    assert model.score(QUERY, [item]).r[0] == pytest.approx(tried.r, abs=1e-6)
+    changes = trial.entity != "brand:nike"
+    assert (tried.r != before.r) is changes
+
+
+def test_a_trial_of_an_undeclared_type_is_refused():
+    with pytest.raises(ConfigError, match="unknown entity type 'taste'"):
+        explain(model_of(), QUERY, ITEM_X, trial=Override(entity="taste:sweet", op="set", value=1, owner="o"))
