@@ -10,7 +10,6 @@ al. 2019, arXiv:1905.06874.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +28,6 @@ from recis_kernels.segment import segment_mean
 if TYPE_CHECKING:
     from recis.io.batch import Batch
 
-leaky_relu = partial(nn.LeakyReLU, 0.01)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BstConfig:
@@ -47,7 +44,7 @@ class BstConfig:
     num_positions: int = 64
     """Distances from the target with a row of their own; farther ones share the last."""
     hidden: tuple[int, ...] = (256, 128)
-    activation: Activation = leaky_relu
+    activation: Activation = nn.LeakyReLU
     """Of the blocks and the last MLP, a callable without arguments."""
     dropout: float = 0.1
     """Of the blocks and the last MLP."""

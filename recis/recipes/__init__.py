@@ -18,6 +18,8 @@ RECIPES = {
     "online_retail": "recis.recipes.online_retail:online_retail",
     "online_shoppers": "recis.recipes.online_shoppers:online_shoppers",
     "open_bandit": "recis.recipes.open_bandit:open_bandit",
+    "retail_hstu": "recis.recipes.retail_sequence:retail_hstu",
+    "retail_sasrec": "recis.recipes.retail_sequence:retail_sasrec",
 }
 
 

@@ -10,7 +10,7 @@ so makes the split the one they were chosen on.
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -184,18 +184,23 @@ def list_scores(trainer: Trainer, prepared: Prepared, file: Path) -> torch.Tenso
 
 
 def ranker_quality(trainer: Trainer, prepared: Prepared, file: Path) -> Quality:
-    """Return the quality of the model's lists of a snapshot file; candidates come before all other items."""
+    """Return the quality of the model's lists of a snapshot file."""
+    return lists_quality(list_scores(trainer, prepared, file), file)
+
+
+def lists_quality(scores: torch.Tensor, file: Path) -> Quality:
+    """Return the quality of a snapshot file's lists by scores [N, C]; candidates come before all other items."""
     table = pq.read_table(file, columns=["bought", "num_bought"])
     bought = np.stack(table["bought"].to_numpy()) > 0
-    order = list_scores(trainer, prepared, file).sort(dim=1, descending=True, stable=True).indices[:, :TOP].numpy()
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP].numpy()
     hits = np.take_along_axis(bought, order, axis=1)
     return quality(hits, table["num_bought"].to_numpy().astype(np.int64))
 
 
 def validate(trainer: Trainer, *, snapshots: Path) -> dict[str, float]:
     """Return recall@20 and ndcg@20 at the split."""
-    prepared = _prepared(snapshots)
-    return _means(ranker_quality(trainer, prepared, prepared.validation_file))
+    prepared = kept_snapshots(snapshots)
+    return means(ranker_quality(trainer, prepared, prepared.validation_file))
 
 
 def evaluate_file(run: "Run", path: str) -> tuple[int, dict[str, float]]:
@@ -205,19 +210,21 @@ def evaluate_file(run: "Run", path: str) -> tuple[int, dict[str, float]]:
     customers = active_customers(log, cutoff)
     if len(customers) == 0:
         raise ConfigError(f"--data {path}: nobody seen before its last four weeks buys in them")
-    prepared = _prepared(run.folder / SNAPSHOTS)
+    prepared = kept_snapshots(run.folder / SNAPSHOTS)
     history = History(log, cutoff)
     snapshot = take_snapshot(log, history, customers, num_candidates=prepared.num_candidates)
-    with _kept_in_file(snapshot, history) as file:
+    with kept_in_file(snapshot, history) as file:
         found = ranker_quality(run.trainer, prepared, file)
-    return len(customers), _means(found)
+    return len(customers), means(found)
 
 
-def _means(found: Quality) -> dict[str, float]:
+def means(found: Quality) -> dict[str, float]:
+    """Return recall@20 and ndcg@20."""
     return {f"recall@{TOP}": float(found.recall.mean()), f"ndcg@{TOP}": float(found.ndcg.mean())}
 
 
-def _prepared(snapshots: Path) -> Prepared:
+def kept_snapshots(snapshots: Path) -> Prepared:
+    """Return the snapshots of a run; ConfigError where they are gone."""
     prepared = read_summary(snapshots)
     if prepared is None:
         raise ConfigError(f"{snapshots}: the snapshots of this run are gone or of another version; train it again")
@@ -225,7 +232,7 @@ def _prepared(snapshots: Path) -> Prepared:
 
 
 @contextmanager
-def _kept_in_file(snapshot: Snapshot, history: History) -> Iterator[Path]:
+def kept_in_file(snapshot: Snapshot, history: History) -> Iterator[Path]:
     """Give a file with the snapshot, which is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "snapshot.parquet"
@@ -238,23 +245,23 @@ def _kept_in_file(snapshot: Snapshot, history: History) -> Iterator[Path]:
 
 def compare_and_finish(trainer: Trainer, out: Path | None, *, snapshots: Path, final: bool) -> None:
     """Print the model beside the baselines, then train the final model in `out/final`."""
-    prepared = _prepared(snapshots)
+    prepared = kept_snapshots(snapshots)
     log = read_log(prepared.data).before(prepared.end)
-    print(comparison(trainer, prepared, log))
+    print(comparison({"recis": ranker_quality(trainer, prepared, prepared.validation_file)}, prepared, log))
     if final and out is not None:
         config = make_config(prepared, prepared.split, name="online_retail_final", seed=trainer.config.seed)
         Trainer(config, out / FINAL, resume=True).train()
 
 
-def comparison(trainer: Trainer, prepared: Prepared, log: PurchaseLog) -> str:
-    """Return the table of Recall@20 and NDCG@20 at the split, with each recall over the hand rule's."""
+def comparison(ours: Mapping[str, Quality], prepared: Prepared, log: PurchaseLog) -> str:
+    """Return the table of Recall@20 and NDCG@20 at the split, ours last, with each recall over the hand rule's."""
     customers = active_customers(log, prepared.split)
     found = measure_baselines(log, prepared.split, customers)
     boosted = boosted_hits(prepared.training_files(prepared.split - WINDOW_DAYS), prepared.validation_file)
     num_bought = pq.read_table(prepared.validation_file, columns=["num_bought"])["num_bought"].to_numpy()
     if boosted is not None:
         found["boosted trees over the rule's candidates"] = quality(boosted, num_bought.astype(np.int64))
-    found["recis"] = ranker_quality(trainer, prepared, prepared.validation_file)
+    found.update(ours)
     rule = found["hand rule"].recall
     first = np.datetime64(int(prepared.split), "D")
     lines = [
@@ -275,7 +282,11 @@ def comparison(trainer: Trainer, prepared: Prepared, log: PurchaseLog) -> str:
 
 def recommend_file(run: "Run", users: Path, *, k: int, out: Path) -> tuple[int, int]:
     """Write the k best items of each customer in a file; returns rows and customers the log does not know."""
-    table = recommend(run.folder, read_customers(users), k)
+    return write_recommendations(recommend(run.folder, read_customers(users), k), out)
+
+
+def write_recommendations(table: pa.Table, out: Path) -> tuple[int, int]:
+    """Write OUTPUT rows as Parquet; returns rows and unknown customers."""
     part = out.with_name(f".tmp-{out.name}")
     try:
         pq.write_table(table, part)
@@ -286,7 +297,19 @@ def recommend_file(run: "Run", users: Path, *, k: int, out: Path) -> tuple[int, 
     return len(table), len(unknown.unique())
 
 
-def recommend(folder: Path, customer_ids: np.ndarray, k: int) -> pa.Table:
+def snapshot_scores(trainer: Trainer, prepared: Prepared, snapshot: Snapshot, history: History) -> torch.Tensor:
+    """Return the model's scores [N, C] of the lists of a snapshot."""
+    with kept_in_file(snapshot, history) as file:
+        return list_scores(trainer, prepared, file)
+
+
+def recommend(
+    folder: Path,
+    customer_ids: np.ndarray,
+    k: int,
+    *,
+    score: Callable[[Trainer, Prepared, Snapshot, History], torch.Tensor] = snapshot_scores,
+) -> pa.Table:
     """Return OUTPUT rows: for each customer, in the order given, the k items most likely bought after the log's end.
 
     A score orders the items of one customer and means nothing beside. An unknown customer gets the items most customers
@@ -301,7 +324,7 @@ def recommend(folder: Path, customer_ids: np.ndarray, k: int) -> pa.Table:
         raise ConfigError(
             f"{folder}: has no final model (it was trained with final=False, or killed before); resume it"
         )
-    prepared = _prepared(folder / SNAPSHOTS)
+    prepared = kept_snapshots(folder / SNAPSHOTS)
     log = read_log(prepared.data).before(prepared.end)
     history = History(log, log.end)
     asked = np.array(list(dict.fromkeys(customer_ids.tolist())), dtype=np.int64)
@@ -311,8 +334,7 @@ def recommend(folder: Path, customer_ids: np.ndarray, k: int) -> pa.Table:
     if known.any():
         snapshot = take_snapshot(log, history, number[known], num_candidates=prepared.num_candidates)
         trainer = open_run(folder / FINAL).trainer
-        with _kept_in_file(snapshot, history) as file:
-            found = list_scores(trainer, prepared, file)
+        found = score(trainer, prepared, snapshot, history)
         items[known], scores[known] = whole_ranking(snapshot, found, history.popularity)
     k = min(k, len(np.unique(log.item)))
     codes = pa.array(log.stock_codes)

@@ -179,6 +179,11 @@ def file_name(cutoff: float) -> str:
     return f"cutoff-{np.datetime64(int(cutoff), 'D')}.parquet"
 
 
+def cutoff_of(name: str) -> float:
+    """Return the cut-off of a snapshot by the name of its file."""
+    return float(np.datetime64(name.removeprefix("cutoff-").removesuffix(".parquet"), "D").astype(np.int64))
+
+
 def prepare(log: PurchaseLog, data: Path, folder: Path, *, num_cutoffs: int | None = None) -> Prepared:
     """Write the snapshots of a log into a folder and return what is there.
 
