@@ -7,24 +7,27 @@ A positive bias at the start would hurt product logic: everything would be accep
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from recis.ebrm.entities import type_of, value_of
 from recis.ebrm.scorer import ENCODER_NAME, MAX_TOKENS, Pair, QEScorer
+from recis.ebrm.wordpiece import learn_pieces
 from recis.errors import ConfigError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALL_VOCABULARY = 8_000
 HEAD_NAME, SETTINGS_NAME = "head.safetensors", "scorer.json"
 _INIT_STD = 0.02
+_MAX_WORD_CHARACTERS = 100  # a longer word is [UNK] to WordPiece
 
 
 class EncoderScorer(QEScorer):
@@ -148,25 +151,21 @@ def text_of(entity_id: str) -> str:
 
 
 def train_wordpiece(corpus: Iterable[str]) -> Any:
-    """Return a BERT tokenizer with a lower-case WordPiece vocabulary trained on a corpus.
+    """Return a BERT tokenizer with a lower-case WordPiece vocabulary of at most 8,000, learned from a corpus.
 
-    Numbers are by spelling. Among words of one count at the limit of 8,000 the trainer's choice may differ between runs.
+    The same texts, in any order, give the same vocabulary.
 
     Raises:
         ConfigError: the corpus has no words.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=SMALL_VOCABULARY, min_frequency=1, special_tokens=list(SPECIAL), show_progress=False
-    )  # type: ignore[call-arg]
-    tokenizer.train_from_iterator(corpus, trainer)
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) <= len(SPECIAL):
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter[str]()
+    for text in corpus:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    pieces = learn_pieces(
+        {word: count for word, count in counts.items() if len(word) <= _MAX_WORD_CHARACTERS},
+        SMALL_VOCABULARY - len(SPECIAL),
+    )
+    if not pieces:
         raise ConfigError("the corpus of a small encoder has no words; give titles, queries and entity texts")
-    words = sorted(
-        set(vocabulary) - set(SPECIAL)
-    )  # the trainer numbers equals in an order that changes from run to run
-    return BertTokenizer(vocab={word: place for place, word in enumerate((*SPECIAL, *words))}, do_lower_case=True)
+    return BertTokenizer(vocab={word: place for place, word in enumerate((*SPECIAL, *pieces))}, do_lower_case=True)
