@@ -231,6 +231,7 @@ def _print_json(command: str, model: Path, data: str, num_samples: int, metrics:
 
 def _parser() -> argparse.ArgumentParser:
     from recis.tagger.cli import add_tag
+    from recis.towers.cli import add_towers
 
     parser = argparse.ArgumentParser(
         prog="recis",
@@ -243,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_work(commands)
     _add_looks(commands)
     add_tag(commands)
+    add_towers(commands)
     bench = commands.add_parser("bench", help="Results of `make bench`.", description="Results of `make bench`.")
     bench_commands = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     report = _add(

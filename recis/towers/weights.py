@@ -6,6 +6,7 @@ LoRA weights and the wrappers they bring are left out, so a base has one hash wi
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,17 @@ def weights_hash(model: nn.Module) -> str:
     Raises:
         ValueError: a weight lies on the meta device and so has no values.
     """
+    return state_hash(base_state(model))
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """Return the hash of named tensors, as at the head of this module.
+
+    Raises:
+        ValueError: one lies on the meta device and so has no values.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_state(model).items()):
+    for name, tensor in sorted(state.items()):
         if tensor.device.type == "meta":
             raise ValueError(f"{name} has no values (meta device), so it has no hash; load the weights first")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
