@@ -230,6 +230,7 @@ def _print_json(command: str, model: Path, data: str, num_samples: int, metrics:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from recis.ebrm.cli import add_ebrm
     from recis.tagger.cli import add_tag
     from recis.towers.cli import add_towers
 
@@ -243,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     _add_work(commands)
     _add_looks(commands)
+    add_ebrm(commands)
     add_tag(commands)
     add_towers(commands)
     bench = commands.add_parser("bench", help="Results of `make bench`.", description="Results of `make bench`.")

@@ -2,6 +2,7 @@
 
     item  {"id": "i1", "title": "..", "entities": [{"type": "brand", "value": "nike", "conf": 0.98}]}
     label {"query": "nike running shoes", "item": "i1", "y": 1, "grade": 4, "visible": true}
+    click {"query": "nike running shoes", "item": "i1", "position": 1, "clicked": false}
     qe    {"query": "..", "entity": "brand:adidas", "y": 0, "w": 0.8, "src": "mention"}
     rule  {"match": {"query_regex": "^gift", "type": "colour"}, "op": "set", "value": 1.0, "owner": "..", "expires": ".."}
 
@@ -43,6 +44,18 @@ class LabelRow:
         """Return the row as one object of a labels file."""
         out: dict[str, Any] = {"query": self.query, "item": self.item, "y": self.y, "visible": self.visible}
         return out if self.grade is None else out | {"grade": self.grade}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClickRow:
+    """One item shown for a query."""
+
+    query: str
+    item: str
+    """Item id."""
+    clicked: bool
+    position: int = 1
+    """From 1, where the log says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +105,11 @@ def read_labels(path: str | Path) -> Iterator[LabelRow]:
 def read_qe(path: str | Path) -> Iterator[QERow]:
     """Yield the labelled (query, entity) pairs of a file; raises DataError as `read_items`."""
     return _rows(path, _qe)
+
+
+def read_clicks(path: str | Path) -> Iterator[ClickRow]:
+    """Yield the impressions of a click log; raises DataError as `read_items`."""
+    return _rows(path, _click)
 
 
 def read_rules(path: str | Path) -> Iterator[RuleRow]:
@@ -179,6 +197,16 @@ def _qe(data: Mapping[str, Any]) -> QERow:
     return QERow(
         query=data["query"], entity=data["entity"], y=float(data["y"]), w=float(data.get("w", 1.0)), src=data["src"]
     )
+
+
+def _click(data: Mapping[str, Any]) -> ClickRow:
+    check_keys(data, required=("query", "item", "clicked"), optional=("position",), what="click")
+    for name in ("query", "item"):
+        _check(isinstance(data[name], str) and bool(data[name]), f"{name} must be a text that is not empty", data[name])
+    _check(isinstance(data["clicked"], bool), "clicked must be true or false", data["clicked"])
+    position = data.get("position", 1)
+    _check(isinstance(position, int) and position >= 1, "position must be an integer from 1", position)
+    return ClickRow(query=data["query"], item=data["item"], clicked=data["clicked"], position=position)
 
 
 def _rule(data: Mapping[str, Any]) -> RuleRow:

@@ -12,6 +12,7 @@ that understanding a title is a task of its own.
 """
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -173,10 +174,11 @@ class SyntheticData:
             )
 
     def write(self, folder: str | Path) -> None:
-        """Write items.jsonl, labels_<part>.jsonl and clicks.jsonl; every file opens with generator, version and seed."""
+        """Write items.jsonl, labels_<part>.jsonl, clicks.jsonl and schema.json; JSONL opens with generator and seed."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         about = self.config.generator()
+        (out / "schema.json").write_text(json.dumps(self.schema.to_json(), indent=1), encoding="utf-8")
         write_rows(out / "items.jsonl", (item.to_json() for item in self.items), generator=about)
         for part in ("train", "dev", "test"):
             rows = (row.to_json() for row in self.label_rows(part))
@@ -323,7 +325,7 @@ def _candidates(data: SyntheticData, rng: random.Random) -> list[list[int]]:
     for number, query in enumerate(data.queries):
         near = of_category[query.constraints["category"][0]]
         relevant = [item for item in near if data.gold_qi(number, item)]
-        picked = dict.fromkeys(rng.sample(relevant, min(MAX_OWN_CANDIDATES, len(relevant))))
+        picked = dict.fromkeys(rng.sample(relevant, min(MAX_OWN_CANDIDATES, data.config.num_candidates, len(relevant))))
         others = [item for item in near if item not in set(relevant)]
         num_near = min(len(others), (data.config.num_candidates - len(picked)) // 2)
         picked |= dict.fromkeys(rng.sample(others, num_near))

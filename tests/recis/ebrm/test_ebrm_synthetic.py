@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recis.ebrm.click_model import click_chance, draw_sessions
+from recis.ebrm.datasets import read_schema
 from recis.ebrm.evaluate import evaluate
 from recis.ebrm.files import read_header, read_items, read_labels
 from recis.ebrm.synthetic import CONSTRAIN, TYPES, SyntheticConfig, make_data
@@ -24,9 +25,12 @@ def test_same_seed_same_data(data, tmp_path):
     data.write(tmp_path / "a")
     again.write(tmp_path / "b")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["clicks.jsonl", "items.jsonl", "labels_dev.jsonl", "labels_test.jsonl", "labels_train.jsonl"]
+    parts = ["labels_dev.jsonl", "labels_test.jsonl", "labels_train.jsonl"]
+    assert names == ["clicks.jsonl", "items.jsonl", *parts, "schema.json"]
+    assert read_schema(tmp_path / "a" / "schema.json") == data.schema
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    for name in names[:-1]:
         assert read_header(tmp_path / "a" / name) == {"name": "recis.ebrm.synthetic", "version": 1, "seed": 3}
     assert make_data(replace(SMALL, seed=4)).items != data.items
 
