@@ -13,24 +13,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recis.ebrm.entities import Item
-from recis.ebrm.files import read_items
-from recis.ebrm.model import EBRM
-from recis.ebrm.service import ServeConfig, Service
 from recis.errors import ConfigError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line builds its parser from this file, without loading torch
     from fastapi import FastAPI
+
+    from recis.ebrm.entities import Item
+    from recis.ebrm.model import EBRM
+    from recis.ebrm.service import ServeConfig
 
 OK = 0
 
 
-def create_app(model: EBRM, items: Sequence[Item] = (), config: ServeConfig | None = None) -> "FastAPI":
+def create_app(model: "EBRM", items: "Sequence[Item]" = (), config: "ServeConfig | None" = None) -> "FastAPI":
     """Return the application (ASGI) that serves a model and a catalogue.
 
     Raises:
         ConfigError: fastapi or uvicorn is not installed; an item has an undeclared type; two items have one id.
     """
+    from recis.ebrm.service import ServeConfig, Service
+
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"the service needs {' and '.join(missing)}: pip install 'recis[serve]'")
@@ -39,7 +41,6 @@ def create_app(model: EBRM, items: Sequence[Item] = (), config: ServeConfig | No
 
 def add_serve_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments that `run_serve` reads."""
-    default = ServeConfig()
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder that EBRM.save wrote")
     command.add_argument(
         "--items", type=Path, metavar="FILE", help="catalogue for the page and for scoring by id, JSON lines"
@@ -51,13 +52,13 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--encode-timeout-ms",
         type=float,
-        default=default.encode_timeout_ms,
+        default=50.0,
         metavar="MS",
         help="longest time a request spends on the encoder; 0: as long as it takes (default 50)",
     )
-    command.add_argument("--max-items", type=int, default=default.max_items, help="a request (default 5,000)")
-    command.add_argument("--max-query-chars", type=int, default=default.max_query_chars, help="default 2,048")
-    command.add_argument("--max-body-mib", type=float, default=default.max_body_bytes / 2**20, help="default 16")
+    command.add_argument("--max-items", type=int, default=5000, help="a request (default 5,000)")
+    command.add_argument("--max-query-chars", type=int, default=2048, help="default 2,048")
+    command.add_argument("--max-body-mib", type=float, default=16.0, help="default 16")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -68,6 +69,10 @@ def run_serve(args: argparse.Namespace) -> int:
         DataError: the catalogue cannot be read; file and line are named.
         OSError: the address cannot be listened on.
     """
+    from recis.ebrm.files import read_items
+    from recis.ebrm.model import EBRM
+    from recis.ebrm.service import ServeConfig
+
     config = ServeConfig(
         encode_timeout_ms=args.encode_timeout_ms or None,
         max_items=args.max_items,

@@ -1,5 +1,6 @@
 """The service over ASGI: every route, its limits, what a client gets wrong, and that a fault stays with its request."""
 
+import argparse
 import asyncio
 import json
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from recis.ebrm import EBRM, EBRMConfig, EntitySchema, Item, Override, QEScorer, TypeConfig, explain
-from recis.ebrm.serve import create_app
+from recis.ebrm.serve import add_serve_arguments, create_app, run_serve
 from recis.ebrm.service import ServeConfig
 from recis.errors import ConfigError
 
@@ -388,3 +389,14 @@ def test_a_conflict_is_between_rules_of_one_match_only(client):
     client.model.overrides.add(Override(entity="colour:red", op="set", value=1, owner="o"))
     rule = {"match": {"query": QUERY, "entity": "colour:red"}, "op": "set", "value": 0.9, "owner": "merch"}
     assert client.post("/overrides", rule).json()["replaces"] == []
+
+
+def test_the_command_refuses_what_is_no_model(tmp_path):
+    command = argparse.ArgumentParser()
+    add_serve_arguments(command)
+    args = command.parse_args(["--model", str(tmp_path / "nothing")])
+    config = ServeConfig()
+    limits = (args.encode_timeout_ms, args.max_items, args.max_query_chars, args.max_body_mib * 2**20)
+    assert limits == (config.encode_timeout_ms, config.max_items, config.max_query_chars, config.max_body_bytes)
+    with pytest.raises(ConfigError, match="no EBRM model at"):
+        run_serve(args)
