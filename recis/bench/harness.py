@@ -72,9 +72,56 @@ def compare(
             break
     # pytest-benchmark keeps its own record of ours; the peers run in each round's set-up, so that its rounds are alternated too
     benchmark.pedantic(impls[ours], setup=partial(_peers_once, impls, ours, device), rounds=5, iterations=1)
-    one = {name: [turn / calls for turn in seconds] for name, seconds in times.items()}
-    results = {name: _summary(seconds, bytes_moved, items, device) for name, seconds in one.items()}
-    p50_ms = {name: float(np.median(seconds)) * 1e3 for name, seconds in one.items()}
+    return keep(
+        benchmark,
+        case=case,
+        ours=ours,
+        seconds={name: [turn / calls for turn in turns] for name, turns in times.items()},
+        bytes_moved=bytes_moved,
+        items=items,
+        missing=missing,
+        targets=targets,
+        device=device,
+        extra={"rounds": rounds, "calls": calls, "attempts": attempts, **(extra or {})},
+    )
+
+
+def keep(
+    benchmark: Any,
+    *,
+    case: str,
+    ours: str,
+    seconds: Mapping[str, Sequence[float]],
+    bytes_moved: int | None = None,
+    items: int | None = None,
+    missing: Sequence[str] = (),
+    targets: Mapping[str, float] | None = None,
+    device: str = "cpu",
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Store the times of jobs that a benchmark ran itself, in the form of `compare`; returns what was stored.
+
+    For jobs that cannot be repeated at will: a cold cache, requests of many clients. Give pytest-benchmark a `pedantic` run too.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        case: what was run, with its sizes.
+        ours: the key of `seconds` that the others are compared with.
+        seconds: name -> seconds of each run.
+        bytes_moved: as `compare`.
+        items: as `compare`.
+        missing: as `compare`.
+        targets: as `compare`.
+        device: as `compare`.
+        extra: further figures by name.
+
+    Raises:
+        ValueError: `ours` is not among `seconds`, or one of them has no run.
+    """
+    if ours not in seconds or not all(map(len, seconds.values())):
+        raise ValueError(f"seconds must hold runs of {ours!r} and of each peer; got {sorted(seconds)}")
+    results = {name: _summary(list(runs), bytes_moved, items, device) for name, runs in seconds.items()}
+    p50_ms = {name: float(np.median(runs)) * 1e3 for name, runs in seconds.items()}
     info: dict[str, Any] = {
         "case": case,
         "ours": ours,
@@ -82,10 +129,7 @@ def compare(
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "copy_gb_per_s": round(copy_gb_per_s(device), 2) if bytes_moved is not None else None,
-        "rounds": rounds,
-        "calls": calls,
-        "attempts": attempts,
-        "spread": round(_spread(times[ours]), 3),
+        "spread": round(_spread(list(seconds[ours])), 3),
         "results": results,
         "ratio_to": {name: round(p50 / p50_ms[ours], 3) for name, p50 in p50_ms.items() if name != ours},
         "missing": list(missing),

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from recis.bench import harness, report
-from recis.bench.harness import at_threads, compare
+from recis.bench.harness import at_threads, compare, keep
 from recis.errors import ConfigError
 
 
@@ -53,6 +53,19 @@ def test_alternates_and_stores_the_contract(quick):
     assert info["ratio_to"]["peer"] > 1.5
     assert info["results"]["ours"]["items_per_s"] < 1000 / 0.001
     assert info["results"]["ours"]["share_of_copy"] == pytest.approx(info["results"]["ours"]["gb_per_s"] / 10, abs=1e-3)
+
+
+def test_keeps_times_that_a_benchmark_took_itself(quick):
+    benchmark = FakeBenchmark()
+    seconds = {"cold": [0.002, 0.004, 0.006], "warm": [0.001]}
+    info = keep(benchmark, case="requests", ours="cold", seconds=seconds, items=200, extra={"calls": 82})
+    assert benchmark.extra_info == info
+    assert info["results"]["cold"]["p50_ms"] == 4.0
+    assert info["results"]["cold"]["items_per_s"] == 200 / 0.004
+    assert (info["ratio_to"], info["calls"]) == ({"warm": 0.25}, 82)
+    assert set(info) >= {"case", "device", "threads", "load_average", "results", "ratio_to", "missing", "spread"}
+    with pytest.raises(ValueError, match="runs of 'hot'"):
+        keep(benchmark, case="requests", ours="hot", seconds=seconds)
 
 
 def test_repeats_while_the_machine_is_busy(quick, monkeypatch):
