@@ -101,7 +101,7 @@ def keep(
 ) -> dict[str, Any]:
     """Store the times of jobs that a benchmark ran itself, in the form of `compare`; returns what was stored.
 
-    For jobs that cannot be repeated at will: a cold cache, requests of many clients. Give pytest-benchmark a `pedantic` run too.
+    For jobs that cannot be repeated at will: a cold cache, requests of many clients. Give pytest-benchmark a run too.
 
     Args:
         benchmark: pytest-benchmark's fixture.
