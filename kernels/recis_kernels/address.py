@@ -17,6 +17,7 @@ from recis_kernels.dispatch import njit
 
 __all__ = [
     "float32_at",
+    "load_bf16",
     "load_float32",
     "load_float64",
     "load_int32",
@@ -79,6 +80,18 @@ def _store(numba_type: Any, width: ir.Type, num_bytes: int) -> Any:
     return intrinsic(store)
 
 
+def _load_word(typingctx, address):
+    del typingctx
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        word = builder.zext(_typed_load(builder, args[0], ir.IntType(16), 2), ir.IntType(32))
+        return builder.bitcast(builder.shl(word, ir.IntType(32)(16)), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+load_bf16: Any = intrinsic(_load_word)
 load_int64 = _load(types.int64, ir.IntType(64), 8)
 load_int32 = _load(types.int32, ir.IntType(32), 4)
 load_uint16 = _load(types.uint16, ir.IntType(16), 2)

@@ -22,14 +22,13 @@ from recis_kernels.address import float32_at, load_int32, load_int64, store_floa
 from recis_kernels.contents import check_offsets, check_range
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.embedding_bag_triton import gather, pool, pull_factors
-from recis_kernels.lanes import fold_rows, lane_scratch, lane_sum
+from recis_kernels.lanes import fold_rows, fold_words, lane_scratch, lane_sum
 from recis_kernels.prefetch import prefetch
 from recis_kernels.row_blocks import RowBlocks, layout_of_key
 from recis_kernels.row_rounding import widen_row
 from recis_kernels.threads import run_parts, split
 
 ROWS_AHEAD = 16
-WIDENED = 16  # bf16 rows turned to fp32 at a time
 MIN_POSITIONS_PER_THREAD = 4096
 
 
@@ -296,15 +295,14 @@ def _bag_parts(offsets: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def _scratch(blocks: RowBlocks, offsets: Tensor, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _scratch(blocks: RowBlocks, offsets: Tensor, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Return memory for a loop over bags start .. stop - 1.
 
-    It holds the addresses of its positions' rows and ROWS_AHEAD more, 1 + WIDENED rows of zeros (the first is read where
-    there is no row), and the addresses of all but the first.
+    It holds the addresses of its positions' rows and ROWS_AHEAD more, and three rows of zeros: the first is read where
+    there is no row, the others are room for a row of the loop's own.
     """
     addresses = np.empty(int(offsets[stop] - offsets[start]) + ROWS_AHEAD, np.int64)
-    wide = lane_scratch(blocks.layout.dim, 1 + WIDENED)
-    return addresses, wide, wide.ctypes.data + wide.strides[0] * np.arange(1, 1 + WIDENED)
+    return addresses, lane_scratch(blocks.layout.dim, 3)
 
 
 def _bag_numba(
@@ -378,13 +376,13 @@ def _gather_loop(source, pointers, addresses, out, start, stop):
 
 @njit
 def _bag_loop(source, pointers, offsets, factors, scratch, out, start, stop):
-    addresses, wide, wide_addresses = scratch
+    addresses, rows = scratch
     dim, is_bf16 = source[6], source[7] != 0
     weight_bytes = 2 * dim if is_bf16 else 4 * dim
-    first = offsets[start]
-    _row_addresses(source, pointers, first, offsets[stop], wide.ctypes.data, addresses)
-    addresses[addresses.size - ROWS_AHEAD :] = wide.ctypes.data  # what the last positions fetch ahead
-    addresses_at, wide_addresses_at = addresses.ctypes.data, wide_addresses.ctypes.data
+    first, absent = offsets[start], rows.ctypes.data
+    _row_addresses(source, pointers, first, offsets[stop], absent, addresses)
+    addresses[addresses.size - ROWS_AHEAD :] = absent  # what the last positions fetch ahead
+    addresses_at = addresses.ctypes.data
     for i in range(ROWS_AHEAD):
         _fetch(addresses[i], weight_bytes)
     for n in range(start, stop):
@@ -393,25 +391,21 @@ def _bag_loop(source, pointers, offsets, factors, scratch, out, start, stop):
             empty = float32_at(total, dim)
             for c in range(dim):
                 empty[c] = np.float32(0.0)
-        while done < end:
-            rows, count, ahead = addresses_at + 8 * done, end - done, ROWS_AHEAD
-            if is_bf16:
-                rows, count, ahead = wide_addresses_at, min(count, WIDENED), 0
-                for i in range(count):
-                    _fetch(addresses[done + i + ROWS_AHEAD], weight_bytes)
-                    widen_row(addresses[done + i], wide_addresses[i], dim)
-            own_factors = factors + 4 * (first + done) if factors != 0 else 0
-            fold_rows(rows, own_factors, count, total, dim, done > offsets[n] - first, ahead)
-            done += count
+            continue
+        own_factors = factors + 4 * (first + done) if factors != 0 else 0
+        if is_bf16:
+            fold_words(addresses_at + 8 * done, own_factors, end - done, total, dim, ROWS_AHEAD)
+        else:
+            fold_rows(addresses_at + 8 * done, own_factors, end - done, total, dim, False, ROWS_AHEAD)
 
 
 @njit
 def _factor_grads_loop(source, pointers, offsets, grads, scratch, out, start, stop):
-    addresses, wide, wide_addresses = scratch
+    addresses, rows = scratch
     dim, is_bf16 = source[6], source[7] != 0
-    first, padded = offsets[start], wide.shape[1]
-    _row_addresses(source, pointers, first, offsets[stop], wide.ctypes.data, addresses)
-    products_at, wide_at = wide_addresses[0], wide_addresses[1]
+    first, padded = offsets[start], rows.shape[1]
+    _row_addresses(source, pointers, first, offsets[stop], rows.ctypes.data, addresses)
+    products_at, wide_at = rows.ctypes.data + 4 * padded, rows.ctypes.data + 8 * padded
     products = float32_at(products_at, dim)
     for n in range(start, stop):
         grad = float32_at(grads + 4 * dim * n, dim)

@@ -1,6 +1,7 @@
 """Sixteen floats at a time: the inner loops over rows that numba does not turn into good vector instructions by itself.
 
     fold_rows        total = f[0] x[0] + f[1] x[1] + ..., rows x given by their addresses, one addition after the other
+    fold_words       the same for rows x of bf16 words
     square_sum       lane j = x[j]^2 + x[16 + j]^2 + ...;  sum = lanes folded in halves: 16 -> 8 -> 4 -> 2 -> 1
     lane_sum         the same of x itself
     scale_is_finite  x *= scale; is all of it finite?
@@ -20,13 +21,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from recis_kernels.address import float32_at, load_float32, load_int64
+from recis_kernels.address import float32_at, load_bf16, load_float32, load_int64, uint16_at, uint32_at
 from recis_kernels.dispatch import njit
 from recis_kernels.prefetch import emit_prefetch, prefetch
 
 __all__ = [
     "NUM_LANES",
     "fold_rows",
+    "fold_words",
     "lane_scratch",
     "lane_sum",
     "scale_is_finite",
@@ -152,8 +154,9 @@ def _square_root(typingctx, value):
     return types.float32(types.float32), codegen
 
 
-def _fold(width: int) -> Any:
+def _fold(width: int, *, is_bf16: bool, is_weighted: bool) -> Any:
     """Return the intrinsic that folds `width` times sixteen columns, kept in registers over all rows."""
+    item_bytes = 2 if is_bf16 else 4
 
     def fold(typingctx, sources, factors, count, total, column, ahead):
         del typingctx
@@ -161,24 +164,30 @@ def _fold(width: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             del signature
             sources, factors, count, total, column, ahead = args
-            start = builder.mul(column, _INT64(4))
-            places = [builder.add(start, _INT64(4 * NUM_LANES * part)) for part in range(width)]
-            sums = [
-                cgutils.alloca_once_value(builder, _load(builder, _pointer(builder, total, place))) for place in places
+            start, total_start = builder.mul(column, _INT64(item_bytes)), builder.mul(column, _INT64(4))
+            places = [builder.add(start, _INT64(item_bytes * NUM_LANES * part)) for part in range(width)]
+            pointers = [
+                _pointer(builder, total, builder.add(total_start, _INT64(4 * NUM_LANES * part)))
+                for part in range(width)
             ]
+            sums = [cgutils.alloca_once_value(builder, _load(builder, pointer)) for pointer in pointers]
+            lines = [builder.add(start, _INT64(line)) for line in range(0, item_bytes * NUM_LANES * width, 64)]
+            lines.append(builder.add(start, _INT64(item_bytes * NUM_LANES * width - item_bytes)))
             with cgutils.for_range(builder, count, intp=_INT64) as loop:
                 source_at = builder.add(sources, builder.mul(loop.index, _INT64(8)))
                 source = builder.load(builder.inttoptr(source_at, ir.PointerType(_INT64)), typ=_INT64)
                 later_at = builder.add(source_at, builder.mul(ahead, _INT64(8)))
                 later = builder.load(builder.inttoptr(later_at, ir.PointerType(_INT64)), typ=_INT64)
-                for place in (*places, builder.add(places[-1], _INT64(4 * NUM_LANES - 4))):
-                    emit_prefetch(builder, builder.add(later, place))
-                factor = _factor(builder, factors, loop.index)
+                for line in lines:
+                    emit_prefetch(builder, builder.add(later, line))
+                factor = _factor(builder, factors, loop.index) if is_weighted else None
                 for place, sum_at in zip(places, sums, strict=True):
-                    term = builder.fmul(_load(builder, _pointer(builder, source, place)), factor)
+                    pointer = _pointer(builder, source, place)
+                    term = _load_words(builder, pointer) if is_bf16 else _load(builder, pointer)
+                    term = term if factor is None else builder.fmul(term, factor)
                     builder.store(builder.fadd(builder.load(sum_at), term), sum_at)
-            for place, sum_at in zip(places, sums, strict=True):
-                builder.store(builder.load(sum_at), _pointer(builder, total, place)).align = 4
+            for pointer, sum_at in zip(pointers, sums, strict=True):
+                builder.store(builder.load(sum_at), pointer).align = 4
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), codegen
@@ -186,17 +195,28 @@ def _fold(width: int) -> Any:
     return intrinsic(fold)
 
 
+def _load_words(builder: Any, pointer: Any) -> Any:
+    """Load sixteen bf16 words as floats."""
+    words = builder.load(pointer, typ=ir.VectorType(ir.IntType(16), NUM_LANES))
+    words.align = 2
+    bits = builder.shl(builder.zext(words, _BITS), ir.Constant(_BITS, [16] * NUM_LANES))
+    return builder.bitcast(bits, _LANES)
+
+
 def _factor(builder: Any, factors: Any, index: Any) -> Any:
-    """Return the factor of one row in all lanes; factors 0 = all are 1, which changes no bit."""
-    value = cgutils.alloca_once_value(builder, ir.Constant(_FLOAT, 1.0))
-    with builder.if_then(builder.icmp_unsigned("!=", factors, _INT64(0))):
-        address = builder.add(factors, builder.mul(index, _INT64(4)))
-        builder.store(builder.load(builder.inttoptr(address, ir.PointerType(_FLOAT)), typ=_FLOAT), value)
-    return _splat(builder, builder.load(value))
+    """Return the factor of one row in all lanes."""
+    address = builder.add(factors, builder.mul(index, _INT64(4)))
+    return _splat(builder, builder.load(builder.inttoptr(address, ir.PointerType(_FLOAT)), typ=_FLOAT))
 
 
-_fold_64: Any = _fold(4)
-_fold_16: Any = _fold(1)
+_fold_64: Any = _fold(4, is_bf16=False, is_weighted=False)
+_fold_16: Any = _fold(1, is_bf16=False, is_weighted=False)
+_fold_weighted_64: Any = _fold(4, is_bf16=False, is_weighted=True)
+_fold_weighted_16: Any = _fold(1, is_bf16=False, is_weighted=True)
+_fold_words_64: Any = _fold(4, is_bf16=True, is_weighted=False)
+_fold_words_16: Any = _fold(1, is_bf16=True, is_weighted=False)
+_fold_weighted_words_64: Any = _fold(4, is_bf16=True, is_weighted=True)
+_fold_weighted_words_16: Any = _fold(1, is_bf16=True, is_weighted=True)
 
 
 @njit
@@ -209,9 +229,7 @@ def fold_rows(sources, factors, count, total, dim, started, ahead):
     stalls as soon as the processor's list of open misses (some twenty) is full.
     """
     if not started:
-        later = load_int64(sources + 8 * ahead)
-        for line in range(0, 4 * dim, 64):
-            prefetch(later + line)
+        _fetch_row(load_int64(sources + 8 * ahead), 4 * dim)
         sums, row = float32_at(total, dim), float32_at(load_int64(sources), dim)
         factor = load_float32(factors) if factors != 0 else np.float32(1.0)
         for i in range(dim):
@@ -223,10 +241,16 @@ def fold_rows(sources, factors, count, total, dim, started, ahead):
         return
     column = 0
     while column + 4 * NUM_LANES <= dim:
-        _fold_64(sources, factors, count, total, column, ahead)
+        if factors != 0:
+            _fold_weighted_64(sources, factors, count, total, column, ahead)
+        else:
+            _fold_64(sources, factors, count, total, column, ahead)
         column += 4 * NUM_LANES
     while column + NUM_LANES <= dim:
-        _fold_16(sources, factors, count, total, column, ahead)
+        if factors != 0:
+            _fold_weighted_16(sources, factors, count, total, column, ahead)
+        else:
+            _fold_16(sources, factors, count, total, column, ahead)
         column += NUM_LANES
     if column == dim:
         return
@@ -237,6 +261,52 @@ def fold_rows(sources, factors, count, total, dim, started, ahead):
         factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
         for i in range(sums.size):
             sums[i] += factor * row[i]
+
+
+@njit
+def fold_words(sources, factors, count, total, dim, ahead):
+    """Put the left fold of `count` >= 1 rows of `dim` bf16 words into the floats at `total`, as fold_rows does."""
+    _fetch_row(load_int64(sources + 8 * ahead), 2 * dim)
+    sums, words = uint32_at(total, dim), uint16_at(load_int64(sources), dim)
+    for i in range(dim):
+        sums[i] = np.uint32(words[i]) << np.uint32(16)
+    if factors != 0:
+        scaled, factor = float32_at(total, dim), load_float32(factors)
+        for i in range(dim):
+            scaled[i] = factor * scaled[i]
+        factors += 4
+    sources += 8
+    count -= 1
+    if count == 0:
+        return
+    column = 0
+    while column + 4 * NUM_LANES <= dim:
+        if factors != 0:
+            _fold_weighted_words_64(sources, factors, count, total, column, ahead)
+        else:
+            _fold_words_64(sources, factors, count, total, column, ahead)
+        column += 4 * NUM_LANES
+    while column + NUM_LANES <= dim:
+        if factors != 0:
+            _fold_weighted_words_16(sources, factors, count, total, column, ahead)
+        else:
+            _fold_words_16(sources, factors, count, total, column, ahead)
+        column += NUM_LANES
+    if column == dim:
+        return
+    sums = float32_at(total + 4 * column, dim - column)
+    for c in range(count):
+        row = load_int64(sources + 8 * c) + 2 * column
+        prefetch(load_int64(sources + 8 * (c + ahead)) + 2 * column)
+        factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
+        for i in range(sums.size):
+            sums[i] += factor * load_bf16(row + 2 * i)
+
+
+@njit
+def _fetch_row(address, num_bytes):
+    for line in range(0, num_bytes, 64):
+        prefetch(address + line)
 
 
 lane_sum: Any = intrinsic(_lane_sum)

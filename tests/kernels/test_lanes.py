@@ -8,6 +8,7 @@ from recis_kernels.dispatch import njit
 from recis_kernels.lanes import (
     NUM_LANES,
     fold_rows,
+    fold_words,
     lane_scratch,
     lane_sum,
     scale_is_finite,
@@ -42,6 +43,11 @@ def _fold_rows(sources, factors, count, total, dim, started):
     fold_rows(sources, factors, count, total, dim, started, 0)
 
 
+@njit
+def _fold_words(sources, factors, count, total, dim):
+    fold_words(sources, factors, count, total, dim, 0)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 33])
 @pytest.mark.parametrize("dim", [1, 15, 16, 17, 64, 80, 97, 1024])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -60,6 +66,21 @@ def test_fold_is_one_addition_after_the_other(dim, num_rows, weighted):
             want = want + term
         assert torch.equal(total[:dim], want)
         assert total[dim:].tolist() == [7.0] * 3  # nothing is written past the row
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
+@pytest.mark.parametrize("dim", [1, 15, 16, 17, 64, 80, 97, 1024])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fold_of_words_is_the_fold_of_their_floats(dim, num_rows, weighted):
+    rows, order, factors = torch.randn(40, dim).bfloat16(), torch.randint(0, 40, (num_rows,)), torch.rand(num_rows)
+    words, wide = rows.data_ptr() + 2 * dim * order, rows.float()
+    floats = wide.data_ptr() + 4 * dim * order
+    got, want = torch.full((dim + 3,), 7.0), torch.full((dim + 3,), 7.0)
+    factors_at = factors.data_ptr() if weighted else 0
+    _fold_words(words.data_ptr(), factors_at, num_rows, got.data_ptr(), dim)
+    _fold_rows(floats.data_ptr(), factors_at, num_rows, want.data_ptr(), dim, False)
+    assert torch.equal(got, want)
+    assert got[dim:].tolist() == [7.0] * 3
 
 
 def test_scratch_is_padded_zeros():
