@@ -319,6 +319,8 @@ class EBRM(nn.Module):
 
     def _fill(self, requests: list[_Request]) -> None:
         """Score what is missing, keep it, and give stand-ins for what could not be scored."""
+        if not requests:
+            return
         wanted: dict[Pair, None] = {}
         for request in requests:
             blocked = self.cache.buried(request.query_hash, request.items.numbers[request.missing])
