@@ -259,7 +259,7 @@ class Service:
         on_unknown = data.get("on_unknown", "raise")
         check(on_unknown in ("raise", "drop"), "on_unknown must be raise or drop", on_unknown)
         if key == "item_ids":
-            return self._packed.select(np.array([self._place(entry) for entry in entries], np.int64)), 0
+            return self._packed.select(self._all_places(entries)), 0
         items, num_dropped, schema = [], 0, self.model.config.schema
         for number, entry in enumerate(entries):
             item, dropped = read_item(entry, f"items[{number}]", schema, on_unknown=on_unknown)
@@ -283,6 +283,12 @@ class Service:
         if given == ["item_id"]:
             return self._items[self._place(data["item_id"])]
         return read_item(data["item"], "item", self.model.config.schema)[0]
+
+    def _all_places(self, item_ids: list[Any]) -> np.ndarray:
+        try:
+            return np.fromiter(map(self._places.__getitem__, item_ids), np.int64, len(item_ids))
+        except (KeyError, TypeError):  # one is unknown, or no text: say which
+            return np.array([self._place(item_id) for item_id in item_ids], np.int64)
 
     def _place(self, item_id: object) -> int:
         place = self._places.get(item_id) if isinstance(item_id, str) else None
