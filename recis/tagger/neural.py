@@ -51,6 +51,8 @@ class NeuralConfig:
     clip: float = 1.0
     average: float = 0.0
     """Decay per step of a running mean of the weights that is used in the end; 0 uses the last weights."""
+    bf16: bool = False
+    """Whether the encoder multiplies in bfloat16; weights, head and CRF stay fp32. Several times faster with AMX."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +95,9 @@ class TaggerModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return scores [B, T, K] and lengths [B] of texts that fit a window."""
         batch = self.encoder.batch(words, pieces)
-        return self.head(self.encoder(batch)), batch.lengths
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+            states = self.encoder(batch)
+        return self.head(states.float()), batch.lengths
 
     def tag_texts(self, texts: Sequence[Text], *, batch_size: int = 64) -> list[list[Span]]:
         """Return the spans of each text, left to right; conf is the least marginal probability among a span's words."""

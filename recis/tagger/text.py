@@ -10,6 +10,7 @@ the text as given, before normalising. No part of speech, no parser.
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import accumulate
 
 TOKENIZER = "recis-tok-1"
 WORDS = "recis-words-1"
@@ -27,6 +28,7 @@ _TOKEN = re.compile(
     rf"|(?:[^\s{_APART}]|(?<=\d),(?=\d))+"
 )
 _WORD = re.compile(r"\S+")
+_MAY_SPLIT = re.compile(rf"[0-9{_APART}]").search  # a word of ASCII without any of these is one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +53,36 @@ def tokenize(text: str, tokenizer: str = TOKENIZER) -> Text:
     """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer {tokenizer!r} is not known; there are {', '.join(TOKENIZERS)}")
-    pattern = _TOKEN if tokenizer == TOKENIZER else _WORD
     if text.isascii():
         lowered = text.lower()
-        ends: list[int] = []
-        starts: list[int] = []
-        tokens = tuple(pattern.findall(lowered))
-        end = 0
-        for token in tokens:  # each begins behind the one before, so a search from there finds it
-            start = lowered.find(token, end)
-            end = start + len(token)
-            starts.append(start)
-            ends.append(end)
-        return Text(text, tokens, tuple(starts), tuple(ends))
+        tokens = lowered.split()
+        if tokenizer == TOKENIZER and _MAY_SPLIT(lowered):
+            # what splits a word never looks beyond it, so words are looked at one by one
+            tokens = [piece for word in tokens for piece in (_TOKEN.findall(word) if _MAY_SPLIT(word) else (word,))]
+        if " ".join(tokens) == lowered:
+            ends = [letters + blanks for blanks, letters in enumerate(accumulate(map(len, tokens)))]
+            starts = [0, *[end + 1 for end in ends[:-1]]] if ends else []
+        else:
+            starts, ends = _places(lowered, tokens)
+        return Text(text, tuple(tokens), tuple(starts), tuple(ends))
+    pattern = _TOKEN if tokenizer == TOKENIZER else _WORD
     folded, origins = _fold(text)
     pieces = [
         (match.group(), origins[match.start()][0], origins[match.end() - 1][1]) for match in pattern.finditer(folded)
     ]
     return Text(text, *_columns(pieces))
+
+
+def _places(lowered: str, tokens: list[str]) -> tuple[list[int], list[int]]:
+    starts: list[int] = []
+    ends: list[int] = []
+    end = 0
+    for token in tokens:  # each begins behind the one before, so a search from there finds it
+        start = lowered.find(token, end)
+        end = start + len(token)
+        starts.append(start)
+        ends.append(end)
+    return starts, ends
 
 
 def from_words(words: list[str] | tuple[str, ...]) -> Text:

@@ -53,7 +53,7 @@ def train(
         raise ValueError("training needs at least one text with words; got none")
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(_groups(model, config), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_groups(model, config), weight_decay=config.weight_decay, fused=True)
     num_steps = config.epochs * math.ceil(len(pieces) / config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, config.warmup))
     average = _Average(model, config.average) if config.average else None
@@ -66,19 +66,20 @@ def train(
             total += _step(model, batch, optimizer, config.clip)
             schedule.step()
             if average is not None:
-                average.update(model)
+                average.update()
         if measure is None:
             continue
-        kept = average.swap(model) if average is not None else None
+        if average is not None:
+            average.swap()
         values.append(measure(model))
         if values[-1] > max(values[:-1], default=-math.inf):
             best = copy.deepcopy(model.state_dict())
-        if kept is not None:
-            model.load_state_dict(kept)
+        if average is not None:
+            average.swap()
         if on_epoch is not None:
             on_epoch(epoch, total / len(pieces), values[-1])
     if best is None and average is not None:
-        average.swap(model)
+        average.swap()
     if best is not None:
         model.load_state_dict(best)
     model.eval()
@@ -170,25 +171,24 @@ def _batches(pieces: Sequence[_Piece], batch_size: int, rng: random.Random) -> l
 
 
 class _Average:
-    """Running mean of the weights."""
+    """Running mean of the weights that are trained."""
 
     def __init__(self, model: TaggerModel, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self.mean = copy.deepcopy(model.state_dict())
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.mean = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
-    def update(self, model: TaggerModel) -> None:
+    def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 9))  # short at first, so that the start is soon forgotten
-        for name, weight in model.state_dict().items():
-            if weight.is_floating_point():
-                self.mean[name].lerp_(weight, 1 - decay)
-            else:
-                self.mean[name].copy_(weight)
+        torch._foreach_lerp_(self.mean, list(self.weights), 1 - decay)
 
-    def swap(self, model: TaggerModel) -> dict[str, Tensor]:
-        """Put the mean into the model and return what it held."""
-        held = copy.deepcopy(model.state_dict())
-        model.load_state_dict(self.mean)
-        return held
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the mean and the model's weights; a second call takes it back."""
+        for weight, mean in zip(self.weights, self.mean, strict=True):
+            held = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(held)

@@ -105,6 +105,28 @@ def test_a_loaded_file_tags_as_the_saved_rules_did(tmp_path_factory, words, foun
     assert after.tag_text(from_words(words)) == before.tag_text(from_words(words))
 
 
+@settings(max_examples=50, deadline=None)
+@given(texts, texts, rules)
+def test_what_is_remembered_of_earlier_texts_changes_nothing(words, others, found):
+    text, fresh = from_words(words), tagger_of(found).tag_text(from_words(words))
+    used = tagger_of(found)
+    for seen in (others, words, others):
+        used.tag_text(from_words(seen))
+    assert used.tag_text(text) == fresh
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr("recis.tagger.match.KNOWN", 2)
+    found = [pair_rule("a", Condition("prefix", "runn"), Condition("suffix", "ning"), 1), surface_rule("b", "red")]
+    tagger = tagger_of(found)
+    for _ in range(2):
+        spans = tagger.tag("red running blue green running black")
+        assert [(span.start, span.type) for span in spans] == [(0, "b"), (1, "a"), (4, "a")]
+    (inside, votes) = tagger._index._plain._inside, tagger._index._plain._votes
+    assert len(inside) <= 2
+    assert len(votes) <= 2
+
+
 @given(st.lists(st.sampled_from("abc"), max_size=8))
 def test_a_tie_abstains(types):
     name, share = majority(types)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recis.tagger.text import WORDS, from_words, tokenize
+from recis.tagger.text import _TOKEN, TOKENIZERS, WORDS, from_words, tokenize
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,15 @@ def test_ascii_tokens_are_the_lowered_characters_between_their_offsets(value):
     text = tokenize(value)
     assert [value[a:b].lower() for a, b in zip(text.starts, text.ends, strict=True)] == list(text.tokens)
     assert "".join(text.tokens) == "".join(value.lower().split())
+
+
+@given(st.text(st.sampled_from('ab19 \t\n.,;()"gGbBxX'), max_size=30), st.sampled_from(TOKENIZERS))
+def test_words_looked_at_one_by_one_give_what_the_whole_text_gives(value, tokenizer):
+    text = tokenize(value, tokenizer)
+    whole = value.lower().split() if tokenizer == WORDS else _TOKEN.findall(value.lower())
+    assert text.tokens == tuple(whole)
+    ends = [0, *text.ends]
+    assert all(value[a:b].strip() == "" for a, b in zip(ends, text.starts, strict=False))  # nothing lies between tokens
 
 
 @given(
