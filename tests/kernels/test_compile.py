@@ -29,6 +29,7 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # minutes of compiling alone, far more beside other work
 def test_every_form_of_every_kernel_compiles_for_sm_90(tmp_path):
     """All dtypes and switches that the tests launch: minutes."""
     _check(tmp_path)
