@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recis.embedding import HashTable
 
 Part = Literal["weights", "optimizer", "dense", "reader", "rng"]
+FROZEN = "frozen_sha256"  # last part of the name of a dense tensor that stands for weights that do not train
 _IMPORT_ROWS = 65536  # imported at once: a smaller batch spends its time in calls, a larger one outgrows the cache
 ALL_PARTS: frozenset[Part] = frozenset(("weights", "optimizer", "dense", "reader", "rng"))
 TREE_PARTS: Mapping[str, Part] = {"optim": "optimizer", "rng": "rng", "metrics": "reader"}  # file -> part
@@ -300,10 +301,20 @@ def _load_dense(path: Path, manifest: Manifest, dense: Mapping[str, Tensor], *, 
                 f"{path}: its dense tensor {name!r} is not in the model; {nearest(name, dense)}; load with "
                 "strict=False to drop it"
             )
+    for name, tensor in dense.items():
+        if name.split(".")[-1] == FROZEN and name in saved and not torch.equal(tensor.cpu(), saved[name]):
+            raise CheckpointError(
+                f"{path}: the frozen weights of {name.removesuffix(FROZEN)}* had SHA-256 {_hex(saved[name])} when it was "
+                f"saved, the model's have {_hex(tensor)}; use the folder of weights that the run was trained with"
+            )
     with torch.no_grad():
         for name, tensor in dense.items():
-            if name in saved:
+            if name in saved and name.split(".")[-1] != FROZEN:
                 tensor.copy_(saved[name])
+
+
+def _hex(digest: Tensor) -> str:
+    return bytes(digest.tolist()).hex()[:12]
 
 
 def _describe(tensor: Tensor) -> str:

@@ -51,7 +51,7 @@ def type_of_column(column: io.Column) -> ValueType:
     if isinstance(column, io.Floats):
         return ValueType("number", column.depth)
     if isinstance(column, io.Strings):
-        return ValueType("string", column.depth)
+        return ValueType("string", column.depth) if column.tokenizer is None else ValueType("id", 1)
     return ValueType("id" if isinstance(column, io.Group | io.Integer) else "number", 0)
 
 

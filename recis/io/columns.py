@@ -98,8 +98,17 @@ class Strings:
     utf8: bool = True
     """Whether bytes that are no UTF-8 raise; False takes any bytes."""
     source: str | None = None
+    tokenizer: str | None = None
+    """Folder with a tokenizer.json: the batch then has token ids, int64, made in the reader's threads. Needs depth 0."""
+    max_tokens: int = 64
+    """Tokens of a string that are kept, special ones included."""
 
     def __post_init__(self) -> None:
+        if self.tokenizer is not None and (self.depth != 0 or not self.utf8 or self.max_tokens < 3):
+            raise ConfigError(
+                f"column {self.name!r}: a tokenizer needs depth=0, utf8=True and max_tokens of at least 3; got "
+                f"depth={self.depth}, utf8={self.utf8}, max_tokens={self.max_tokens}"
+            )
         if self.depth == 0 and isinstance(self.default, tuple):
             raise ConfigError(f"column {self.name!r}: the default of one string is a string; got {self.default!r}")
         if self.depth > 0 and isinstance(self.default, str):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recis.io.arrow_types import FAULT_KEY, WEIGHTS_KEY, list_offsets
 from recis.io.columns import Column, Dense, Floats, Group, Ids, Integer, Label, Strings, Weight
+from recis.io.tokens import tokenize
 from recis.jagged import JaggedTensor
 
 
@@ -56,7 +57,10 @@ def decode(batch: pa.RecordBatch, columns: Sequence[Column]) -> tuple[dict[str, 
         elif isinstance(column, Floats):
             decoded[column.name] = _lists(array, column, column.depth, _same_rows, faults)
         elif isinstance(column, Strings):
-            decoded[column.name] = _strings(array, column, faults)
+            strings = _strings(array, column, faults)
+            if column.tokenizer is not None and not faults:
+                strings = tokenize(strings, column.tokenizer, column.max_tokens)
+            decoded[column.name] = strings
         elif isinstance(column, Group | Integer):
             decoded[column.name] = _tensor(_filled(array, column.default, column.name, faults))
         else:

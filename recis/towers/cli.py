@@ -40,7 +40,7 @@ def add_towers(commands: Any) -> None:
 
 def _precompute(args: argparse.Namespace) -> int:
     from recis.towers.pooling import FirstToken, LastToken, MeanPool
-    from recis.towers.precompute import PrecomputeConfig, precompute
+    from recis.towers.precomputation import PrecomputeConfig, precompute
     from recis.towers.text import TextTowerConfig
 
     config = PrecomputeConfig(batch_tokens=args.batch_tokens, part_rows=args.part_rows)

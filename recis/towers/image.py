@@ -19,6 +19,7 @@ from recis.errors import ConfigError, DataError, nearest
 from recis.jagged import JaggedTensor
 from recis.towers.backbone import BackboneError, freeze, load_model
 from recis.towers.optimizer import set_lr_scale
+from recis.towers.weights import FrozenState, frozen_state
 
 if TYPE_CHECKING:
     from recis.io.batch import Batch
@@ -89,6 +90,13 @@ class ImageTower(nn.Module):
             self.projection = nn.Identity() if config.out_width is None else nn.Linear(hidden, config.out_width)
         freeze(self.model, config.frozen_layers)
         set_lr_scale(self.model, config.lr_scale)
+        self._frozen: FrozenState | None = None
+
+    def frozen_state(self) -> FrozenState:
+        """See TextTower.frozen_state."""
+        if self._frozen is None:
+            self._frozen = frozen_state(self.model, prefix="model.")
+        return self._frozen
 
     def forward(self, batch: "Batch") -> Tensor:
         """Return [B, width].

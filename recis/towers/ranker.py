@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from recis.errors import ConfigError, nearest
 from recis.models.inputs import DenseInputs
+from recis.towers.optimizer import set_lr_scale, set_part
 
 if TYPE_CHECKING:
     from recis.io.batch import Batch
+
+GATES = "gates"  # part that the gates' parameters are marked as
 
 
 @runtime_checkable
@@ -38,11 +41,15 @@ class WithTowers:
     ranker: Any
     """Config of the ranker: `build()` gives the module."""
     towers: tuple[TowerConfig, ...]
+    gate_lr_scale: float = 10.0
+    """Learning rate of the gates as a share of the run's: they start at 0, and until they open the towers learn little."""
 
     def __post_init__(self) -> None:
         names = [tower.name for tower in self.towers]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"WithTowers: needs towers of distinct names; got {names}")
+        if not names or len(set(names)) < len(names) or GATES in names:
+            raise ConfigError(f"WithTowers: needs towers of distinct names other than {GATES!r}; got {names}")
+        if not self.gate_lr_scale > 0:
+            raise ConfigError(f"WithTowers: gate_lr_scale must be above 0; got {self.gate_lr_scale}")
 
     def build(self) -> "TowerRanker":
         """Return the module."""
@@ -61,6 +68,10 @@ class TowerRanker(nn.Module):
         self.ranker: nn.Module = config.ranker.build()
         self.towers = nn.ModuleDict({tower.name: tower.build() for tower in config.towers})
         self.gates = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.towers})
+        for name, tower in self.towers.items():
+            set_part(tower, name)
+        set_part(self.gates, GATES)
+        set_lr_scale(self.gates, config.gate_lr_scale)
         readers = [module for module in self.ranker.modules() if isinstance(module, DenseInputs)]
         listed = {name for reader in readers for name in reader.names}
         for name in self.towers:

@@ -20,9 +20,10 @@ from recis.errors import ConfigError, DataError, nearest
 from recis.jagged import JaggedTensor
 from recis.towers.backbone import freeze, layers_of, load_model, load_tokenizer
 from recis.towers.lora import add_lora
+from recis.towers.micro_batches import in_passes
 from recis.towers.optimizer import set_lr_scale
 from recis.towers.pooling import MeanPool
-from recis.towers.weights import state_hash
+from recis.towers.weights import FrozenState, frozen_state, state_hash
 
 if TYPE_CHECKING:
     from recis.io.batch import Batch
@@ -58,6 +59,8 @@ class TextTowerConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     bf16: bool = False
     """Run the backbone in bfloat16 autocast."""
+    micro_batch_tokens: int | None = None
+    """Token places of one pass through the backbone (see recis.towers.micro_batches); None: a batch is one pass."""
     seed: int = 0
     """Of projection and pooling weights."""
 
@@ -69,6 +72,8 @@ class TextTowerConfig:
             raise ConfigError(f"{where}: out_width must be at least 1 or None; got {self.out_width}")
         if self.frozen_layers is not None and self.frozen_layers < 0:
             raise ConfigError(f"{where}: frozen_layers must not be negative; got {self.frozen_layers}")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise ConfigError(f"{where}: micro_batch_tokens must be at least 1 or None; got {self.micro_batch_tokens}")
         if not self.lr_scale >= 0 or self.lora_rank < 0:
             raise ConfigError(
                 f"{where}: lr_scale and lora_rank must not be negative; got {self.lr_scale}, {self.lora_rank}"
@@ -115,6 +120,7 @@ class TextTower(nn.Module):
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trains_backbone = any(value.requires_grad for value in self.model.parameters())
+        self._frozen: FrozenState | None = None
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def _check_length(self) -> None:
@@ -137,21 +143,30 @@ class TextTower(nn.Module):
                 layer.eval()
         return self
 
+    def frozen_state(self) -> FrozenState:
+        """Return which entries of state_dict() come from the folder and never change; checkpoints hold their hash instead."""
+        if self._frozen is None:
+            self._frozen = frozen_state(self.model, prefix="model.")
+        return self._frozen
+
     def version(self) -> str:
         """Return what names the vectors of `encode`: a hash over weights, pooling, tokenizer and max_tokens. Reads them all."""
-        tokenizer = (
-            self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else str(self.tokenizer.get_vocab())
-        )
         pooling = self.config.pooling
         told = (
             state_hash(self.model.state_dict()),
             state_hash(self.pooling.state_dict()),
             getattr(pooling, "__qualname__", repr(pooling)),
-            hashlib.sha256(tokenizer.encode()).hexdigest(),
+            self.tokenizer_hash(),
             self.config.max_tokens,
             self.config.bf16,
         )
         return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def tokenizer_hash(self) -> str:
+        """Return 64 hex digits that change with the tokenizer."""
+        fast = self.tokenizer.is_fast
+        text = self.tokenizer.backend_tokenizer.to_str() if fast else str(self.tokenizer.get_vocab())
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, at most max_tokens; what is cut and what is empty is counted.
@@ -206,7 +221,11 @@ class TextTower(nn.Module):
             ids, lengths = ids[:, : self.config.max_tokens], lengths.clamp(max=self.config.max_tokens)
         trains = torch.is_grad_enabled() and (self.trains_backbone or self.pooling_trains)
         with nullcontext() if trains else torch.no_grad():
-            return self._pooled(ids, lengths).float()
+            if self.config.micro_batch_tokens is None:
+                return self._pooled(ids, lengths).float()
+            return in_passes(
+                self._pooled, ids, lengths, max_tokens=self.config.micro_batch_tokens, recompute=trains
+            ).float()
 
     @property
     def pooling_trains(self) -> bool:

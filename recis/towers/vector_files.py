@@ -1,6 +1,7 @@
 """Vectors by id in files that are mapped and not read: what precompute writes, and arrays that others made.
 
     folder             MANIFEST.json, ids.npy int64 [N] ascending, rows.npy int64 [N], vectors.npy [R, D] (from precompute)
+    states             the same and lengths.npy int64 [R]: text r has lengths[r] rows of vectors.npy (see recis.towers.cut)
     x.npy              vectors [N, D]; the ids in a second .npy, or none: row number = id
     x.safetensors      tensors `ids` int64 [N] and `vectors` [N, D]; metadata `version` where there is one
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from recis.errors import DataError
 
-FORMAT, FORMAT_VERSION = "recis-vectors", 1
-MANIFEST, IDS, ROWS, VECTORS = "MANIFEST.json", "ids.npy", "rows.npy", "vectors.npy"
+FORMAT, STATES_FORMAT, FORMAT_VERSION = "recis-vectors", "recis-states", 1
+MANIFEST, IDS, ROWS, LENGTHS, VECTORS = "MANIFEST.json", "ids.npy", "rows.npy", "lengths.npy", "vectors.npy"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -122,6 +123,21 @@ def _sorted(found: VectorFile, order: Tensor) -> VectorFile:
 
 
 def _open_folder(path: Path) -> VectorFile:
+    manifest = read_manifest(path, FORMAT)
+    ids, rows, vectors = read_arrays(path)
+    said = (manifest["num_ids"], manifest["num_ids"], manifest["num_rows"], manifest["width"], manifest["dtype"])
+    there = (len(ids), len(rows), *vectors.shape, str(vectors.dtype).removeprefix("torch."))
+    if said != there:
+        raise VectorFileError(f"ids, rows, vectors, width, dtype are {there}; the manifest says {said}", file=str(path))
+    return VectorFile(path, manifest["version"], ids, rows, vectors)
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+    """Return the manifest of a folder that a finished precompute wrote, its files of the size it says.
+
+    Raises:
+        VectorFileError: it has none, is of another kind, or a file was cut short.
+    """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except OSError as error:
@@ -132,22 +148,25 @@ def _open_folder(path: Path) -> VectorFile:
         ) from error
     except ValueError as error:
         raise VectorFileError(f"is not whole JSON ({error})", file=str(path / MANIFEST)) from error
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
-        raise VectorFileError(f"is no {FORMAT} of version {FORMAT_VERSION}", file=str(path / MANIFEST))
+    if manifest.get("format") != kind or manifest.get("format_version") != FORMAT_VERSION:
+        raise VectorFileError(
+            f"is no {kind} of version {FORMAT_VERSION}; it says {manifest.get('format')!r}", file=str(path / MANIFEST)
+        )
     for name, size in manifest["bytes"].items():
         there = (path / name).stat().st_size if (path / name).exists() else None
         if there != size:
             raise VectorFileError(f"has {there} bytes; the manifest says {size}", file=str(path / name))
-    ids, rows, vectors = (
-        _ids(_array(path / IDS), path / IDS),
-        _ids(_array(path / ROWS), path / ROWS),
-        _npy(path / VECTORS),
-    )
-    said = (manifest["num_ids"], manifest["num_ids"], manifest["num_rows"], manifest["width"], manifest["dtype"])
-    there = (len(ids), len(rows), *vectors.shape, str(vectors.dtype).removeprefix("torch."))
-    if said != there:
-        raise VectorFileError(f"ids, rows, vectors, width, dtype are {there}; the manifest says {said}", file=str(path))
-    return VectorFile(path, manifest["version"], ids, rows, vectors)
+    return manifest
+
+
+def read_arrays(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids [N], rows [N] and vectors [R, D] of a folder, mapped."""
+    return (_ids(_array(path / IDS), path / IDS), _ids(_array(path / ROWS), path / ROWS), _npy(path / VECTORS))
+
+
+def read_lengths(path: Path) -> Tensor:
+    """Return lengths [R] of a folder of states."""
+    return _ids(_array(path / LENGTHS), path / LENGTHS)
 
 
 def _array(path: Path) -> np.ndarray:

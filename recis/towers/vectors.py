@@ -103,7 +103,7 @@ class EmbeddingTower(nn.Module):
             ConfigError: the batch has no such ids.
             DataError: an id has no vector, under missing="error".
         """
-        ids = _one_id_per_sample(batch, self.config.column, self.name)
+        ids = one_id_per_sample(batch, self.config.column, self.name)
         vectors, found = self.file.read(ids.cpu())
         num_missing = int((~found).sum())
         if num_missing and self.config.missing == "error":
@@ -177,7 +177,13 @@ class TableTower(nn.Module):
         self.version = file.version
 
 
-def _one_id_per_sample(batch: "Batch", column: str, tower: str) -> Tensor:
+def one_id_per_sample(batch: "Batch", column: str, tower: str) -> Tensor:
+    """Return int64 [B] of an entry of batch.extras, or else of a sparse feature, with one id in each sample.
+
+    Raises:
+        ConfigError: there is no such column, or it does not hold one integer per sample.
+        DataError: a sample has none or several.
+    """
     found = batch.extras.get(column)
     if found is None and column in batch.sparse.keys:
         found = batch.sparse[column]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recis.checkpoint.load import FROZEN
 from recis.embedding import EmbeddingBagCollection, EmbeddingCollection, HashTable, TableSet
 from recis.errors import CheckpointError, ConfigError
 from recis.jagged import JaggedTensor
@@ -125,6 +126,9 @@ def _finite(value: Tensor | JaggedTensor) -> bool:
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a model, which a checkpoint holds; tables are saved apart.
 
+    A module with a method `frozen_state` (see recis.towers.weights) keeps weights that come from a file and do not train: for
+    them a checkpoint holds their hash alone, under `frozen_sha256`, which is compared when it is loaded.
+
     Raises:
         ConfigError: a module has extra state (get_extra_state), which would be lost.
     """
@@ -135,4 +139,11 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
                 f"the model's state {name!r} is no parameter or buffer and would be lost in a checkpoint; keep it in a "
                 "buffer (register_buffer), or in a hook"
             )
+    for path, module in model.named_modules():
+        if callable(tell := getattr(module, "frozen_state", None)):
+            frozen = tell()
+            prefix = f"{path}." if path else ""
+            left_out = {prefix + name for name in frozen.names}
+            state = {name: value for name, value in state.items() if name not in left_out}
+            state[prefix + FROZEN] = frozen.digest
     return state

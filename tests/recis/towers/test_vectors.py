@@ -97,7 +97,7 @@ def test_bad_files_are_refused(tmp_path, npy):
 
 
 def test_a_folder_that_was_changed_is_refused(tmp_path):
-    from recis.towers.precompute import precompute
+    from recis.towers.precomputation import precompute
 
     class Ones:
         def version(self):

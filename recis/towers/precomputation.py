@@ -25,14 +25,18 @@ from torch import Tensor
 from recis.checkpoint.folder import sync_folder
 from recis.errors import ConfigError, DataError
 from recis.towers.batching import length_batches, padding_waste
-from recis.towers.vector_files import FORMAT, FORMAT_VERSION, IDS, MANIFEST, ROWS, VECTORS
+from recis.towers.vector_files import FORMAT, FORMAT_VERSION, IDS, LENGTHS, MANIFEST, ROWS, STATES_FORMAT, VECTORS
 
 _PARTS, _PLAN, _LOCK = "parts", "plan.json", ".lock"
 _TOKENIZE_TEXTS = 4096
 
 
 class Encoder(Protocol):
-    """What is run: a TextTower, or anything else with these three."""
+    """What is run: a TextTower, or anything else with these three.
+
+    With an attribute `per_token = True` (CutEncoder) `encode` gives a vector per token, [sum of the lengths, D]; the folder
+    then holds states that open_states reads.
+    """
 
     def version(self) -> str:
         """Return what names the vectors: a hash of all they depend on but the text."""
@@ -123,14 +127,18 @@ def precompute(
         folder = _begin(out, fingerprint)
         num_encoded = _encode_parts(encoder, tokens, parts, folder, progress)
         position = np.zeros(len(tokens), dtype=np.int64)  # of each distinct token row in vectors.npy
-        position[[number for batch in batches for number in batch]] = np.arange(len(tokens))
+        order = np.array([number for batch in batches for number in batch], dtype=np.int64)
+        position[order] = np.arange(len(tokens))
         _save(out / IDS, unique_ids)
         _save(out / ROWS, position[token_of_text[text_of_id]])
-        width = _join_parts(out, folder, len(parts), len(tokens))
+        per_token = bool(getattr(encoder, "per_token", False))
+        if per_token:
+            _save(out / LENGTHS, np.array(lengths, dtype=np.int64)[order])
+        width = _join_parts(out, folder, len(parts), sum(lengths) if per_token else len(tokens))
         report = PrecomputeReport(
             num_ids=len(unique_ids), num_rows=len(tokens), num_encoded=num_encoded, waste=waste, version=version
         )
-        _write_manifest(out, fingerprint, report, width)
+        _write_manifest(out, fingerprint, report, width, STATES_FORMAT if per_token else FORMAT)
         shutil.rmtree(folder)
         return report
 
@@ -275,9 +283,10 @@ def _join_parts(out: Path, folder: Path, num_parts: int, num_rows: int) -> int:
     return width
 
 
-def _write_manifest(out: Path, fingerprint: str, report: PrecomputeReport, width: int) -> None:
+def _write_manifest(out: Path, fingerprint: str, report: PrecomputeReport, width: int, kind: str) -> None:
+    files = (IDS, ROWS, VECTORS) if kind == FORMAT else (IDS, ROWS, LENGTHS, VECTORS)
     content = {
-        "format": FORMAT,
+        "format": kind,
         "format_version": FORMAT_VERSION,
         "version": report.version,
         "fingerprint": fingerprint,
@@ -286,7 +295,7 @@ def _write_manifest(out: Path, fingerprint: str, report: PrecomputeReport, width
         "width": width,
         "dtype": "float16",
         "waste": report.waste,
-        "bytes": {name: (out / name).stat().st_size for name in (IDS, ROWS, VECTORS)},
+        "bytes": {name: (out / name).stat().st_size for name in files},
     }
     _write(out / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from recis.errors import ConfigError, DataError
 from recis.towers.batching import length_batches, padding_waste
-from recis.towers.precompute import PrecomputeConfig, precompute
+from recis.towers.precomputation import PrecomputeConfig, precompute
 from recis.towers.vector_files import VectorFileError, open_vectors
 
 
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
     ids, texts = rows()
     straight = precompute(LetterCounts(), ids, texts, tmp_path / "straight", CONFIG)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_precompute as t; from pathlib import Path\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_precomputation as t; from pathlib import Path\n"
         "t.precompute(t.LetterCounts(kill_at=int(sys.argv[3])), *t.rows(), Path(sys.argv[2]), t.CONFIG)"
     )
     out = tmp_path / "killed"
