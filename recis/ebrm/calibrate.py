@@ -14,6 +14,7 @@ import numpy as np
 from recis.errors import ConfigError, RecisError
 
 MAX_NEWTON_STEPS = 200
+NEAR_SHARE = 0.05  # of met categories, which may lie below `near`
 _MAX_LOG = -1e-30
 _RIDGE = 1e-6  # keeps a and b finite where the labels can be separated
 _LOG_2 = float(np.log(2.0))
@@ -120,6 +121,44 @@ class VerdictThresholds:
     def from_json(data: Mapping[str, Any]) -> "VerdictThresholds":
         """Return the thresholds that `to_json` wrote."""
         return VerdictThresholds(**data)
+
+
+def fit_verdict_thresholds(
+    *,
+    g: np.ndarray,
+    met: np.ndarray,
+    category_g: np.ndarray,
+    category_met: np.ndarray,
+    s_none: np.ndarray,
+    is_free: np.ndarray,
+) -> VerdictThresholds:
+    """Return the cuts that gold labels ask for; a cut whose labels are all of one kind keeps its default.
+
+        ok, match     the most balanced accuracy on g of constrained types, and on g of the category
+        constrained   likewise on s of the none entities: below it a type counts as constrained
+        near          at most one met category in 20 lies below: "mismatch" is said of those alone; at most `match`
+
+    Args:
+        g: [N], g_t of slots that state a value of a constrained type.
+        met: [N] in {0, 1}, whether the query accepts one of the values.
+        category_g: [C], g of the category.
+        category_met: [C] in {0, 1}.
+        s_none: [M], s of none entities.
+        is_free: [M] in {0, 1}, whether the query leaves the type free.
+    """
+    default = VerdictThresholds()
+    match = _cut(category_g, category_met, default.match)
+    near = min(default.near, match)
+    if np.any(category_met):
+        near = min(match, float(np.quantile(category_g[np.asarray(category_met) > 0.5], NEAR_SHARE, method="lower")))
+    return VerdictThresholds(
+        ok=_cut(g, met, default.ok), match=match, near=near, constrained=_cut(s_none, is_free, default.constrained)
+    )
+
+
+def _cut(g: np.ndarray, labels: np.ndarray, default: float) -> float:
+    positive = np.asarray(labels) > 0.5
+    return fit_threshold(g, positive) if positive.any() and not positive.all() else default
 
 
 def fit_threshold(g: np.ndarray, labels: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from recis.ebrm.config import ebrm_full
 from recis.ebrm.entities import EntitySchema, Item
 from recis.ebrm.evaluate import EvalPairs, tie_of
 from recis.ebrm.files import LabelRow, read_clicks, read_items, read_labels, read_qe
+from recis.ebrm.gold import QueryGold
 from recis.ebrm.labels_from_logs import QERow
 from recis.ebrm.log_rows import Impressions, rows_from_logs
 from recis.ebrm.pairs import QIPairs
 from recis.ebrm.pricerunner import NUM_QUERIES, Part, Task, build_eval, build_task
 from recis.ebrm.pricerunner_labels import Dictionaries
-from recis.ebrm.pricerunner_qe import stage_a_rows
+from recis.ebrm.pricerunner_qe import accepts, stage_a_rows
 from recis.ebrm.pricerunner_split import read_catalogue
 from recis.ebrm.pricerunner_titles import pricerunner_schema, title_entities, title_facts
 from recis.ebrm.synthetic import SyntheticData
@@ -47,6 +49,8 @@ class TrainingSet:
     """Of the PriceRunner task: what its titles and queries are read with; kept with the model."""
     hashes: Mapping[str, str] = field(default_factory=dict)
     """File or generator -> what identifies its content."""
+    dev_gold: Sequence[QueryGold] | None = None
+    """What each dev query really asks for, where it is known: verdict thresholds are fitted on it."""
 
     def corpus(self) -> list[str]:
         """Return the texts of the train part that a fresh encoder learns its words from, sorted."""
@@ -77,7 +81,16 @@ def synthetic_set(data: SyntheticData) -> TrainingSet:
         train=train,
         dev=synthetic_pairs(data, "dev"),
         hashes={"synthetic": json.dumps(data.config.generator(), sort_keys=True)},
+        dev_gold=synthetic_gold(data),
     )
+
+
+def synthetic_gold(data: SyntheticData) -> list[QueryGold]:
+    """Return what each query of a made-up catalogue asks for."""
+    return [
+        QueryGold(frozenset(query.constraints), lambda entity, place=place: bool(data.gold_qe(place, entity)))
+        for place, query in enumerate(data.queries)
+    ]
 
 
 def synthetic_pairs(data: SyntheticData, part: str) -> QIPairs:
@@ -108,7 +121,13 @@ def offers_set(path: str | Path, *, num_queries: Mapping[str, int] = NUM_QUERIES
         dev=_task_pairs(task, task.parts["dev"]),
         dictionaries=task.dictionaries,
         hashes={Path(path).name: sha256_of(Path(path))},
+        dev_gold=task_gold(task.parts["dev"]),
     )
+
+
+def task_gold(part: Part) -> list[QueryGold]:
+    """Return what each query of a part of the PriceRunner task was drawn to ask for."""
+    return [QueryGold(frozenset(q.constraints), partial(accepts, q.constraints)) for q in part.queries]
 
 
 def offers_eval(path: str | Path, known: Dictionaries) -> EvalSet:

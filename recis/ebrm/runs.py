@@ -22,6 +22,7 @@ from recis.ebrm.datasets import EvalSet, TrainingSet, sha256_of
 from recis.ebrm.descent import StepConfig
 from recis.ebrm.entities import EntitySchema
 from recis.ebrm.evaluate import best_threshold, evaluate
+from recis.ebrm.gold import fit_thresholds
 from recis.ebrm.model import EBRM
 from recis.ebrm.pairs import score_pairs
 from recis.ebrm.pretrain import pretrain
@@ -63,7 +64,7 @@ class Trained:
 
 
 def fit_model(data: TrainingSet, config: RunConfig, *, say: Callable[[str], None] = lambda _: None) -> Trained:
-    """Train a model: stage A, stage B, calibrator, threshold. `say` is told of the progress, a line at a time.
+    """Train a model: stage A, stage B, calibrator, thresholds. `say` is told of the progress, a line at a time.
 
     Raises:
         ConfigError: an encoder that is not there, a type that cannot be compared.
@@ -87,6 +88,9 @@ def fit_model(data: TrainingSet, config: RunConfig, *, say: Callable[[str], None
         config.train,
         on_measure=lambda m: say(f"  step {m.step}: loss {m.loss:.4f}, dev ROC-AUC {m.dev_roc_auc:.4f}"),
     )
+    if data.dev_gold is not None:
+        cuts = fit_thresholds(model, data.dev, data.dev_gold)
+        say("verdict thresholds: " + ", ".join(f"{name} {value:.3f}" for name, value in cuts.to_json().items()))
     log_r, _ = score_pairs(model, data.dev)
     return Trained(
         model=model,
