@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from recis.embedding import TableConfig
+from recis.embedding import TableConfig, TableSet
 from recis.errors import ConfigError
 from recis.models.inputs import DenseInput, PooledInputs
 from recis.models.layers import MLP, FactorizationMachine
@@ -41,11 +41,11 @@ class DeepFMConfig:
 
 
 class DeepFM(nn.Module):
-    """forward(batch) -> logits [B, 1]."""
+    """forward(batch) -> logits [B, 1]. Give `tables`, made of the config's, where other parts of a model use them too."""
 
-    def __init__(self, config: DeepFMConfig) -> None:
+    def __init__(self, config: DeepFMConfig, tables: TableSet | None = None) -> None:
         super().__init__()
-        self.inputs = PooledInputs(config.tables, config.dense, seed=config.seed)
+        self.inputs = PooledInputs(config.tables if tables is None else tables, config.dense, seed=config.seed)
         dim = self.inputs.field_dim() - 1
         if dim < 1:
             raise ConfigError("DeepFM: embedding_dim must be at least 2: a linear weight and one factor or more; got 1")

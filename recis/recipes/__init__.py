@@ -14,12 +14,16 @@ from typing import Any
 from recis.errors import ConfigError, nearest
 
 RECIPES = {
+    "click_towers": "recis.recipes.click_towers:click_towers",
     "demo": "recis.recipes.demo:demo",
+    "ebrm_ranker": "recis.recipes.ebrm_ranker:ebrm_ranker",
     "online_retail": "recis.recipes.online_retail:online_retail",
     "online_shoppers": "recis.recipes.online_shoppers:online_shoppers",
     "open_bandit": "recis.recipes.open_bandit:open_bandit",
+    "product_understanding": "recis.recipes.product_understanding:product_understanding",
     "retail_hstu": "recis.recipes.retail_sequence:retail_hstu",
     "retail_sasrec": "recis.recipes.retail_sequence:retail_sasrec",
+    "retail_towers": "recis.recipes.retail_towers:retail_towers",
 }
 
 
