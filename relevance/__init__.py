@@ -1,1 +1,1 @@
-"""LLM relevance recipes on recis. This part holds no code yet: the issue that builds it comes after the engine."""
+"""Grade (query, item) pairs with language models: grammar, rewards, recipes on TRL, scoring. Parts are imported by module."""

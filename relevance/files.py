@@ -107,6 +107,23 @@ def read_pairs(path: str | Path, *, deciding_labels: Mapping[str, int] | None = 
     return pairs
 
 
+def iter_pairs(path: str | Path) -> Iterator[Pair | DataError]:
+    """Yield the rows of a file one by one: a pair that passed `check_pair`, or what is wrong with the row.
+
+    Nothing is compared between rows; for files that are scored, not trained on.
+    """
+    path = Path(path)
+    rows = _parquet_rows(path, Pair) if _is_parquet(path) else _jsonl_rows(path)
+    for place, make in rows:
+        try:
+            pair = from_json(Pair, make())
+            check_pair(pair)
+        except DataError as error:
+            yield _placed(error, path, place)
+        else:
+            yield pair
+
+
 def read_rows(path: str | Path, kind: type[Row]) -> list[Row]:
     """Read a file of rationales, samples, preferences or scores; raises as `read_pairs`."""
     return [row for _, row in _read(path, kind)]

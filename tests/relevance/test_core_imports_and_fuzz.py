@@ -16,7 +16,13 @@ from relevance.steps import step_ids
 from relevance.verify import gold_verdicts
 
 ROOT = Path(__file__).parents[2]
-CORE = sorted(path.stem for path in (ROOT / "relevance").glob("*.py") if path.stem not in ("__init__", "cli"))
+ENGINE = {
+    "engine", "trainer", "guided_rollouts", "token_head",
+    "training_run", "sampling_stage", "preference_stage", "step_verifiers",
+    "serve", "judge", "export", "demo", "ladder", "ladder_report",
+}  # fmt: skip
+"""Modules that may import the training framework, or those that do."""
+CORE = sorted(path.stem for path in (ROOT / "relevance").glob("*.py") if path.stem not in {"__init__", "cli", *ENGINE})
 BLOCKED = ("transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "recis.trainer")
 
 

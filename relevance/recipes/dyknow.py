@@ -1,0 +1,81 @@
+"""DyKnow-RAG (arXiv:2510.11122): half of the rollouts read the retrieved chunk, and each half teaches the other.
+
+    J = l0 + l1 + lx - kl_coef KL        l0, l1 clipped GRPO of the halves without (p) and with (p') the chunk
+    lx = mean_i mean_t pi(o0_i,t | p', o0_i,<t) T_i        T: see `two_groups`
+
+The objective is the paper's as printed; which of two readings is taken where the text has both, the centered gate and the sizes
+are ours. Prompts: a pool of uncertain ones, scored by the frozen start model. Serving shows one chunk, in one pass.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from recis.errors import DataError
+from relevance.config import DyknowConfig, DyknowRun
+from relevance.curriculum import pool_summary, uncertainty_pool
+from relevance.engine import train_rl
+from relevance.grader import RolloutJob
+from relevance.methods import Method, outcome_reward, two_group_signal, two_groups_outside
+from relevance.prefill import score_prompts
+from relevance.sampling import AccuracyRange
+from relevance.schedule import prompt_order
+from relevance.training_run import TrainingRun
+from relevance.two_groups import Gate, centered_gate, fixed_gate, printed_gate
+
+
+def train(run: TrainingRun[DyknowRun]) -> Path:
+    """Train and return the folder of the finished model."""
+    stage, config = run.stage("rl"), run.config
+    if not stage.is_done:
+        lm = run.start_model()
+        task = run.task_of(lm)
+        pairs = [pair for pair in task.train if pair.label is not None and pair.chunk is not None]
+        if not pairs:
+            raise DataError("no train pair has a chunk", column="chunk", option="give chunks, or use another recipe")
+        probs = score_prompts(lm, [task.prompt(pair) for pair in pairs], [pair.query_id for pair in pairs])
+        pool = uncertainty_pool(pairs, probs, config=config.dyknow.pool, seed=config.seed)
+        if not pool:
+            raise DataError(
+                f"no pair belongs to the families {config.dyknow.pool.families}",
+                column="family",
+                option="set dyknow.pool.families",
+            )
+        run.say(f"dyknow: pool of {len(pool)} prompts: {pool_summary(pairs, pool)}")
+        ids = [pairs[place].id for place in pool]
+        own = config.dyknow
+        method = Method(
+            reward=outcome_reward(),
+            signal=two_group_signal(
+                gate=_gate(own),
+                is_gap_of_batch=own.is_gap_of_batch,
+                limit=config.rl.advantage_clamp,
+                transfer_limit=own.clamp_lx,
+            ),
+            is_dead=two_groups_outside(AccuracyRange(low=own.accuracy_low, high=own.accuracy_high, closed=True)),
+            refill_rounds=config.rl.refill_rounds,
+            has_two_prompts=True,
+            lx_coef=own.lx_coef,
+        )
+        job = RolloutJob(
+            task=task, method=method, lm=lm, reserve=tuple(ids), has_own_head=config.engine.own_head, state=stage.state
+        )
+        order = prompt_order(ids, num_prompts=config.rl.max_steps * config.rl.prompts_per_step, seed=config.seed)
+        train_rl(job, order, config.rl, stage, kl_scale=0.5)  # TRL's mean over 2n rows is half of l0 + l1
+    return run.finish(stage.final)
+
+
+def _gate(config: DyknowConfig) -> Gate:
+    gates = {
+        "printed": printed_gate,
+        "centered": centered_gate,
+        "fixed": partial(fixed_gate, alpha=config.fixed_alpha, beta=config.fixed_beta),
+    }
+    return gates[config.gate]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from relevance.cli import main
+
+    raise SystemExit(main(["train", "dyknow", *sys.argv[1:]]))
