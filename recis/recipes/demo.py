@@ -88,7 +88,7 @@ def demo(
         seed: of the log, the tables and the order of samples.
     """
     log = ClickLogConfig(num_samples=num_samples, num_users=num_users, num_items=num_items, text=text, seed=seed)
-    days = _days(data, out, log)
+    days = log_days(data, out, log)
     train = DataConfig(
         paths=tuple(str(day) for day in days[:-1]),
         format="parquet",
@@ -101,7 +101,7 @@ def demo(
     return TrainConfig(
         name="demo",
         model=DeepFMConfig(
-            tables=_tables(),
+            tables=demo_tables(),
             dense=(DenseInput("log_price"), DenseInput("log_age")),
             hidden=(128, 64),
             seed=seed,
@@ -118,7 +118,8 @@ def demo(
     )
 
 
-def _tables() -> tuple[TableConfig, ...]:
+def demo_tables() -> tuple[TableConfig, ...]:
+    """Return the tables of FEATURES, all of one width."""
     optimizer: RowOptimizer = Adam(lr=1e-3)
 
     def table(name: str, *features: str, sightings: int = 1, ttl_steps: int | None = None) -> TableConfig:
@@ -142,7 +143,8 @@ def _tables() -> tuple[TableConfig, ...]:
     )
 
 
-def _days(data: str | None, out: Path, log: ClickLogConfig) -> list[Path]:
+def log_days(data: str | None, out: Path, log: ClickLogConfig) -> list[Path]:
+    """Return the files of a generated log in the order of time; without `data` one is generated in `out/data`."""
     folder = out / "data" if data is None else Path(data)
     if data is None and not (folder / GENERATED).exists():
         generate(log, folder)

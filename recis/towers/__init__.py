@@ -4,11 +4,14 @@ Public names, imported on first use, so that a command that needs none of them d
 
 TextTowerConfig, ImageTowerConfig          Hugging Face models by local path (need the extra `hf`)
 EmbeddingTowerConfig, TableTowerConfig     vectors by id, in a mapped file or in a dynamic table
+ColumnTowerConfig                          vectors in a column of the data
 WithTowers, take_over                      a ranker and the towers it lists
 ByPart, Part, GroupedAdamW                 optimizers, schedules and learning rates by part
 precompute, open_vectors                   run a frozen tower once, read its vectors by id
 CutTowerConfig, CutEncoder                 train the top layers from kept states of the ones below
 Distilled, read_scores                     learn from a teacher's scores too
+InstructConfig                             a decoder that follows instructions about products
+memory_report                              where the memory of a joint training goes
 AdapterConfig, LayerwiseAdapters           side features inside a frozen decoder
 """
 
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
     from recis.towers.adapters import AdapterConfig, LayerwiseAdapters
     from recis.towers.attention_sites import UnsupportedDecoderError
     from recis.towers.backbone import BackboneError
+    from recis.towers.column import ColumnTower, ColumnTowerConfig
     from recis.towers.cut import CutEncoder, CutTower, CutTowerConfig
     from recis.towers.distill import Distilled, read_scores
     from recis.towers.image import ImageTower, ImageTowerConfig
+    from recis.towers.instruct import InstructConfig, InstructDecoder
     from recis.towers.memory import memory_report
     from recis.towers.optimizer import ByPart, GroupedAdamW, Part
     from recis.towers.pooling import AttentionPool, FirstToken, LastToken, MeanPool, SummaryToken
@@ -40,6 +45,8 @@ _HOME = {
     "LayerwiseAdapters": "recis.towers.adapters",
     "UnsupportedDecoderError": "recis.towers.attention_sites",
     "BackboneError": "recis.towers.backbone",
+    "ColumnTower": "recis.towers.column",
+    "ColumnTowerConfig": "recis.towers.column",
     "CutEncoder": "recis.towers.cut",
     "CutTower": "recis.towers.cut",
     "CutTowerConfig": "recis.towers.cut",
@@ -47,6 +54,8 @@ _HOME = {
     "read_scores": "recis.towers.distill",
     "ImageTower": "recis.towers.image",
     "ImageTowerConfig": "recis.towers.image",
+    "InstructConfig": "recis.towers.instruct",
+    "InstructDecoder": "recis.towers.instruct",
     "memory_report": "recis.towers.memory",
     "ByPart": "recis.towers.optimizer",
     "GroupedAdamW": "recis.towers.optimizer",
@@ -81,6 +90,8 @@ __all__ = [
     "LayerwiseAdapters",
     "UnsupportedDecoderError",
     "BackboneError",
+    "ColumnTower",
+    "ColumnTowerConfig",
     "CutEncoder",
     "CutTower",
     "CutTowerConfig",
@@ -88,6 +99,8 @@ __all__ = [
     "read_scores",
     "ImageTower",
     "ImageTowerConfig",
+    "InstructConfig",
+    "InstructDecoder",
     "memory_report",
     "ByPart",
     "GroupedAdamW",

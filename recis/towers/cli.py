@@ -32,6 +32,12 @@ def add_towers(commands: Any) -> None:
     )
     command.add_argument("--text-column", default="text", help="strings; a missing one is an empty text")
     command.add_argument("--pooling", choices=POOLINGS, default="mean", help="over the tokens' states (default mean)")
+    command.add_argument(
+        "--cut",
+        type=int,
+        metavar="LAYERS",
+        help="keep every token's state behind this many layers, for a CutTower that trains those above",
+    )
     command.add_argument("--max-tokens", type=int, default=64, help="tokens of a text that are read (default 64)")
     command.add_argument("--batch-tokens", type=int, default=8192, help="token places of a batch (default 8192)")
     command.add_argument("--part-rows", type=int, default=4096, help="texts a kill can cost (default 4096)")
@@ -39,6 +45,7 @@ def add_towers(commands: Any) -> None:
 
 
 def _precompute(args: argparse.Namespace) -> int:
+    from recis.towers.cut import CutEncoder
     from recis.towers.pooling import FirstToken, LastToken, MeanPool
     from recis.towers.precomputation import PrecomputeConfig, precompute
     from recis.towers.text import TextTowerConfig
@@ -47,13 +54,20 @@ def _precompute(args: argparse.Namespace) -> int:
     ids, texts = read_texts(args.data, args.id_column, args.text_column)
     pooling = dict(zip(POOLINGS, (MeanPool, FirstToken, LastToken), strict=True))[args.pooling]
     tower = TextTowerConfig(
-        name="text", column="text", path=args.tower, pooling=pooling, max_tokens=args.max_tokens, bf16=args.bf16
+        name="text",
+        column="text",
+        path=args.tower,
+        pooling=pooling,
+        max_tokens=args.max_tokens,
+        bf16=args.bf16,
+        frozen_layers=args.cut,
     ).build()
 
     def show(done: int, rows: int) -> None:
         print(f"{done:,} of {rows:,} distinct texts", file=sys.stderr)
 
-    report = precompute(tower.eval(), ids, texts, args.out, config, progress=show)
+    encoder = tower.eval() if args.cut is None else CutEncoder(tower)
+    report = precompute(encoder, ids, texts, args.out, config, progress=show)
     num_empty, num_cut = tower.counts.tolist()
     print(
         f"{args.out}: {report.num_ids:,} ids, {report.num_rows:,} distinct texts, {report.num_encoded:,} of them encoded now; "

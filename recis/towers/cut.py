@@ -138,7 +138,7 @@ class CutTowerConfig:
     path: str
     """Folder of the states."""
     missing: Literal["zeros", "error"] = "zeros"
-    """What an id without states gives: pooled zeros, counted in `num_missing`, or an error."""
+    """What an id without states gives: zeros, counted in `num_missing` as a missing text is, or an error."""
     pass_tokens: int = 16_384
     """Token places of one pass, where the tower's micro_batch_tokens says nothing; memory of training is that of a batch."""
 
@@ -172,7 +172,6 @@ class CutTower(TextTower):
         cut = cut_of(config.tower)
         self.frozen_state()  # of all the folder's weights, before those below the cut are let go
         self.file = open_states(config.path, width=self.hidden_size, version=cut_version(self))
-        self.num_missing = 0
         self._given = _skip_below(self.model, cut)
 
     def forward(self, batch: "Batch") -> Tensor:
@@ -194,8 +193,8 @@ class CutTower(TextTower):
                 value=int(ids[row]),
                 option='missing="zeros" counts them',
             )
-        self.num_missing += num_missing
-        return self.project(self.pooled(texts) * found[:, None].to(next(self.model.parameters()).device))
+        has = self.has_text(torch.where(found, self.file.lengths(texts), 0))
+        return self.project(self.pooled(texts)) * has[:, None]
 
     def pooled(self, texts: Tensor) -> Tensor:
         """Return pooled states [B, H] float32 of texts [B], numbers of the file; equal ones are computed once."""

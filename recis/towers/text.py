@@ -92,7 +92,8 @@ class TextTower(nn.Module):
     Attributes:
         name: of the dense feature.
         width: of the output.
-        counts: int64 [2], texts seen without a token and texts that were cut.
+        counts: int64 [2], texts tokenised here that were empty, and texts that were cut.
+        num_missing: samples so far whose text was missing: they give zeros, behind the projection too.
 
     Raises:
         BackboneError: see load_model and load_tokenizer.
@@ -121,6 +122,7 @@ class TextTower(nn.Module):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trains_backbone = any(value.requires_grad for value in self.model.parameters())
         self._frozen: FrozenState | None = None
+        self.num_missing, self._num_special = 0, len(self.tokenizer("")["input_ids"])
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def _check_length(self) -> None:
@@ -199,7 +201,14 @@ class TextTower(nn.Module):
                 f"text tower {self.name!r}: batch.extras has no jagged column {self.config.column!r}; "
                 f"{nearest(self.config.column, batch.extras)}"
             )
-        return self.project(self.encode(self._token_ids(column)))
+        ids = self._token_ids(column)
+        return self.project(self.encode(ids)) * self.has_text(ids.lengths)[:, None]
+
+    def has_text(self, lengths: Tensor) -> Tensor:
+        """Return bool [B]: which texts have more than the tokenizer's special tokens; the others are missing, and counted."""
+        found = lengths.to(next(self.model.parameters()).device) > self._num_special
+        self.num_missing += len(found) - int(found.sum())
+        return found
 
     def project(self, pooled: Tensor) -> Tensor:
         """Return [B, width] of pooled states [B, H]; reads float16 as it comes from a cache."""
