@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,28 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from recis.distributed.launch import joined
     from recis.runs import start_run
 
-    run = start_run(args.recipe, data=args.data, out=args.out, settings=args.set, resume=args.resume)
-    metrics = run.train()
-    if metrics:
-        print(f"step {run.trainer.state.step:,}: " + ", ".join(f"{key} {value:.5g}" for key, value in metrics.items()))
-    print(f"run folder: {run.folder}")
-    return _end(run.bad_rows())
+    with joined(timeout_s=args.join_timeout_s) as job:
+        is_first = job is None or job.rank == 0
+        with nullcontext() if is_first else _silent():
+            run = start_run(args.recipe, data=args.data, out=args.out, settings=args.set, resume=args.resume, job=job)
+            metrics = run.train()
+            if metrics:
+                values = ", ".join(f"{key} {value:.5g}" for key, value in metrics.items())
+                print(f"step {run.trainer.state.step:,}: {values}")
+            print(f"run folder: {run.folder}")
+            code = _end(run.bad_rows())
+            run.trainer.close()
+    return code if job is None else OK  # torchrun takes any other code of a rank for a failure and stops the job
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Print nothing on standard output: in a job, rank 0 speaks for all."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -292,6 +306,7 @@ def _add_work(commands: Any) -> None:
         _train,
         "Train a recipe, or go on with a run.",
         "recis train online_retail --data shared/data/online_retail --out runs/retail\n"
+        "  torchrun --nproc-per-node 4 -m recis train online_retail --out runs/retail\n"
         "  recis train my_recipe:my_run --out runs/mine --set max_steps=1000\n"
         "  recis train my_recipe:my_run --out runs/mine --resume",
     )
@@ -302,6 +317,13 @@ def _add_work(commands: Any) -> None:
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-DATE-TIME)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, with its data and settings")
     train.add_argument("--set", action="append", default=[], metavar="A.B=C", help=SET_HELP)
+    train.add_argument(
+        "--join-timeout-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="under torchrun: seconds the processes wait for each other to start (default: 300)",
+    )
     evaluate = _add(
         commands,
         "eval",

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from recis.checkpoint.manifest import MANIFEST_NAME, TMP_PREFIX, Manifest, step_folder
+from recis.distributed.launch import Job, versions
+from recis.distributed.ranks import Ranks
 from recis.errors import CheckpointError, ConfigError, DataError, RecisError
 from recis.io import DataConfig
 from recis.io.files import COMPRESSED, SUFFIXES
@@ -61,15 +63,20 @@ class Run:
 
         A run that fails before its first step leaves its folder as it was found.
         """
+        is_first = self.trainer.ranks.rank == 0
         try:
             metrics = self.trainer.train()
         except (RecisError, OSError):
-            if self.is_new and self.trainer.state.step == 0:
+            if self.is_new and is_first and self.trainer.state.step == 0:
                 _empty(self.folder)
             raise
         if self.config.eval_data is not None:
-            write_eval_predictions(self.trainer, self.folder / EVAL_PREDICTIONS)
-        if read_log(self.folder / LOG_NAME):
+            if is_first:
+                write_eval_predictions(self.trainer, self.folder / EVAL_PREDICTIONS)
+            else:  # rows lie with their owners: every rank takes part in scoring
+                for _ in self.trainer.scored(self.config.eval_data):
+                    pass
+        if is_first and read_log(self.folder / LOG_NAME):
             write_report(self.folder)
         return metrics
 
@@ -137,14 +144,54 @@ class Run:
         return getattr(import_module(find_recipe(self.recipe).__module__), name, None)
 
 
-def start_run(recipe: str, *, data: str | None, out: Path | None, settings: Sequence[str], resume: bool) -> Run:
+def start_run(
+    recipe: str,
+    *,
+    data: str | None,
+    out: Path | None,
+    settings: Sequence[str],
+    resume: bool,
+    job: Job | None = None,
+) -> Run:
     """Return a run ready to train, new or resumed. What resuming leaves out (data, settings) is as it was.
+
+    Args:
+        recipe, data, out, settings, resume: as the command says them.
+        job: the processes that train together, each of which calls this; None: this process alone.
 
     Raises:
         ConfigError: the folder is not empty and resume is off; the run there came from another recipe, data or settings;
-            a setting is wrong. A new run leaves its folder as it was found.
+            a setting is wrong; another rank runs something else. A new run leaves its folder as it was found.
         CheckpointError: the folder cannot be written.
     """
+    if job is not None:
+        return _start_in_job(job, recipe, data=data, out=out, settings=settings, resume=resume)
+    started = _prepare(recipe, data=data, out=out, settings=settings, resume=resume)
+    return started.run(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Started:
+    """A run folder that is ready, and the config of its run."""
+
+    folder: Path
+    recipe: str
+    config: TrainConfig
+    is_new: bool
+
+    def run(self, ranks: Ranks | None) -> Run:
+        """Return the run with its trainer; where that cannot be built a new folder is left as it was found."""
+        try:
+            trainer = Trainer(self.config, self.folder, resume=True, quiet=False, ranks=ranks)
+        except (RecisError, OSError):
+            if self.is_new:
+                _empty(self.folder)
+            raise
+        return Run(folder=self.folder, recipe=self.recipe, config=self.config, trainer=trainer, is_new=self.is_new)
+
+
+def _prepare(recipe: str, *, data: str | None, out: Path | None, settings: Sequence[str], resume: bool) -> _Started:
+    """Make the folder of a run, or compare what is asked for with the run that is there, and call the recipe."""
     if resume and out is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
     find_recipe(recipe)  # a wrong name must not touch a folder
@@ -164,12 +211,49 @@ def start_run(recipe: str, *, data: str | None, out: Path | None, settings: Sequ
         ) from error
     try:
         config = call_recipe(recipe, data=asked["data"], out=folder, settings=asked["settings"])
-        trainer = Trainer(config, folder, resume=True, quiet=False)
     except (RecisError, OSError):
         if is_new:
             _empty(folder)
         raise
-    return Run(folder=folder, recipe=recipe, config=config, trainer=trainer, is_new=is_new)
+    return _Started(folder=folder, recipe=recipe, config=config, is_new=is_new)
+
+
+def _start_in_job(
+    job: Job, recipe: str, *, data: str | None, out: Path | None, settings: Sequence[str], resume: bool
+) -> Run:
+    """Let rank 0 prepare the folder (and the recipe its data), the others follow, and compare what all would run."""
+
+    def prepare() -> _Started:
+        if job.rank == 0:
+            started = _prepare(recipe, data=data, out=out, settings=settings, resume=resume)
+            job.tell("folder", str(started.folder.resolve()))
+            return started
+        folder = Path(job.hear("folder"))
+        kept = _read_asked(folder) if folder.is_dir() else None
+        if kept is None:
+            raise ConfigError(
+                f"--out {folder}: rank {job.rank} does not see the run that rank 0 has begun there: name a folder that all "
+                "ranks share (NFS, a mounted bucket)"
+            )
+        config = call_recipe(
+            recipe,
+            data=kept["data"] if data is None else data,
+            out=folder if out is None else out,
+            settings=settings or kept["settings"],
+        )
+        return _Started(folder=folder, recipe=recipe, config=config, is_new=False)
+
+    started = job.rank_0_first(prepare)
+    try:
+        config = started.config
+        job.check_same({"versions": versions(), "config": json.loads(json.dumps(to_json(config)))}, differences)
+        config.parallel.parts_over(job.world_size)
+        ranks = job.connect(config.parallel.timeout_s)
+    except (RecisError, OSError):
+        if started.is_new:
+            _empty(started.folder)
+        raise
+    return started.run(ranks)
 
 
 def open_run(folder: Path, *, settings: Sequence[str] = ()) -> Run:

@@ -23,9 +23,21 @@ INSIDE_RECIS = {
     "embedding": {"errors", "jagged", "optim"},
     "optim": {"errors", "jagged", "embedding"},
     "checkpoint": {"errors", "jagged", "embedding", "optim", "io"},
+    "distributed": {"errors", "jagged", "io", "embedding", "optim"},
     "metrics": {"errors", "jagged"},
     "models": {"errors", "jagged", "io", "embedding", "optim", "metrics"},
-    "trainer": {"errors", "jagged", "io", "features", "embedding", "optim", "checkpoint", "metrics", "models"},
+    "trainer": {
+        "errors",
+        "jagged",
+        "io",
+        "features",
+        "embedding",
+        "optim",
+        "distributed",
+        "checkpoint",
+        "metrics",
+        "models",
+    },
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from recis.checkpoint import tree
 from recis.checkpoint.chain import check_chain, check_files, latest, resolve_chain
 from recis.checkpoint.manifest import Manifest, TableEntry, rank_slices
-from recis.checkpoint.parts import Slices, files_of, in_slices, read_parts, read_tombstones
+from recis.checkpoint.parts import Slices, files_of, in_slices, meets, read_parts, read_tombstones
 from recis.checkpoint.tensors import dtype_name, read_tensors
 from recis.errors import CheckpointError, nearest
 
@@ -242,7 +242,12 @@ def _load_table(
     states = manifests[-1].tables[name].states
     state = states[rank] if len(states) == world_size else merge_states(states, rank)
     table.load_state(state if with_optimizer else {**state, "t": 0})
-    for index, file in enumerate(files_of(manifests[-1], "admission", name)):
+    counted = [
+        file
+        for file in files_of(manifests[-1], "admission", name)
+        if meets(manifests[-1].files[file].slices, slices)  # a sketch counts for whoever owns some of its ids
+    ]
+    for index, file in enumerate(counted):
         admission = _admission(read_tensors(chain[-1] / file)[0], slices)
         if "sightings.last_seen" in admission:
             admission["sightings.last_seen"] = admission["sightings.last_seen"] - age

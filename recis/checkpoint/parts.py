@@ -113,7 +113,7 @@ def read_parts(
     Raises:
         CheckpointError: a file is missing or malformed.
     """
-    names = [name for name in files_of(manifest, "table", table) if _meets(manifest.files[name].slices, slices)]
+    names = [name for name in files_of(manifest, "table", table) if meets(manifest.files[name].slices, slices)]
     if pool is None:
         for name in names:
             yield read_fields(checkpoint / name, slices)
@@ -156,5 +156,6 @@ def _check_owner(table: str, ids: Tensor, rank: int, world_size: int) -> None:
         )
 
 
-def _meets(part: Slices | None, slices: Slices) -> bool:
+def meets(part: Slices | None, slices: Slices) -> bool:
+    """Return whether a file of the slices `part` (None: of any) may hold ids in `slices`."""
     return part is None or (part[0] < slices[1] and slices[0] < part[1])

@@ -12,12 +12,12 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from recis.checkpoint.manifest import (
 from recis.checkpoint.parts import PARTS_IN_FLIGHT, file_name, rows_per_part, write_parts
 from recis.checkpoint.tensors import dtype_name, write_bytes, write_tensors
 from recis.embedding import TableSet, TableSnapshot
-from recis.errors import CheckpointError
+from recis.errors import CheckpointError, RecisError
 
 CONFIG_NAME = "config.json"
 READ_ROWS = 8192  # rows read at once from a view of a table: so few that torch wakes no OpenMP workers
@@ -96,18 +96,43 @@ class RankFiles:
     tables: Mapping[str, TableEntry]
 
 
+class Peers(Protocol):
+    """The processes that save together: recis.distributed.ranks.Ranks, by the group that is theirs for saving."""
+
+    rank: int
+    world_size: int
+    saving: Any
+
+    def gather_objects(self, item: Any, what: str, *, group: Any = None) -> list[Any]: ...
+
+    def broadcast(self, item: Any, what: str, *, group: Any = None) -> Any: ...
+
+
 class Saver:
     """Writes the checkpoints of one run.
 
+    Of several processes each writes the rows it owns, all at once; the last to finish is waited for in one exchange, then
+    rank 0 writes the manifest. A rank that fails is named by all, and nothing of that save is kept.
+
     Args:
         run: folder of the run.
+        peers: the other ranks of the job; each of them saves the same steps. None: this process is alone.
         keep: newest checkpoints to keep.
         snapshot_memory_mib: memory for rows copied during a save; beyond it training waits.
         background: write on a thread; else `save` returns when the checkpoint is whole.
     """
 
-    def __init__(self, run: Path, *, keep: int = 3, snapshot_memory_mib: int = 1024, background: bool = True) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        peers: Peers | None = None,
+        keep: int = 3,
+        snapshot_memory_mib: int = 1024,
+        background: bool = True,
+    ) -> None:
         self.run = run
+        self.peers = peers
         self.keep = keep
         self.snapshot_memory_mib = snapshot_memory_mib
         self.background = background
@@ -154,7 +179,49 @@ class Saver:
             self._thread.shutdown()
 
     def _write(self, captured: Captured, protect: Sequence[int]) -> Path:
+        if self.peers is not None:
+            return self._write_together(self.peers, captured, protect)
         final = write_checkpoint(captured, self.run, gentle=self.background)
+        self.rotate(protect)
+        return final
+
+    def _write_together(self, peers: Peers, captured: Captured, protect: Sequence[int]) -> Path:
+        step = captured.boundary.step
+        with ExitStack() as stack:
+            for snapshot in captured.tables.values():
+                stack.callback(snapshot.close)
+            outcome = _tried(lambda: make_tmp(self.run, step_folder(step)), peers.rank == 0)
+            tmp, fault = peers.broadcast(outcome, f"folder of the checkpoint of step {step}", group=peers.saving)
+            if fault is not None:
+                raise CheckpointError(f"rank 0: {fault}")
+
+            def write() -> RankFiles:
+                if not tmp.is_dir():
+                    raise CheckpointError(
+                        f"{tmp}: rank 0 made this folder and it is not here: the run's folder must be one that all ranks "
+                        "share (NFS, a mounted bucket)"
+                    )
+                return write_rank(captured, tmp, rank=peers.rank, world_size=peers.world_size, gentle=self.background)
+
+            written = peers.gather_objects(_tried(write), f"files of the checkpoint of step {step}", group=peers.saving)
+            outcome = _tried(lambda: self._commit(captured, tmp, written, protect), peers.rank == 0)
+        final, fault = peers.broadcast(outcome, f"checkpoint of step {step}", group=peers.saving)
+        if fault is not None:
+            raise CheckpointError(fault)
+        return final
+
+    def _commit(
+        self, captured: Captured, tmp: Path, written: Sequence[tuple[RankFiles, str | None]], protect: Sequence[int]
+    ) -> Path:
+        """Make the checkpoint whole from the files of all ranks; rank 0 does."""
+        try:
+            faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(written) if fault is not None]
+            if faults:
+                raise CheckpointError("; ".join(faults))
+            final = commit_checkpoint(captured, tmp, self.run, [report for report, _ in written])
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
         self.rotate(protect)
         return final
 
@@ -335,6 +402,14 @@ def _copy_into(target: Tensor, values: Tensor) -> None:
 
 def _pool(threads: int, *, gentle: bool) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "recis-save", _yield_to_training if gentle else None)
+
+
+def _tried(work: Callable[[], Any], wanted: bool = True) -> tuple[Any, str | None]:
+    """Return (what work gives, None), or (None, why it failed): an outcome that can be told to other ranks."""
+    try:
+        return (work() if wanted else None), None
+    except (OSError, RecisError) as error:
+        return None, " ".join(str(error).split())
 
 
 def _yield_to_training() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis.embedding.lookups import FOUND, FULL, INSERTED, REJECTED, StoreLookup, tally, unplaced
+from recis.embedding.lookups import FOUND, FULL, INSERTED, REJECTED, StoreLookup, summed_counts, tally, unplaced
 from recis.embedding.row_owners import grown
 from recis_kernels.row_grads import PendingLookup
 from recis_kernels.unique_ids import order_by_segment_and_id, unique_ids
@@ -29,15 +29,21 @@ class ExactLookups:
         self._tags = torch.zeros(0, dtype=torch.int32)
         self._tag = 0
 
-    def look_up(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
-        """Do RowStore.lookup, up to what the step remembers."""
+    def look_up(
+        self,
+        ranges: tuple[Tensor, Tensor, Tensor],
+        *,
+        train: bool,
+        source: object,
+        counts: Tensor | None = None,
+    ) -> StoreLookup:
+        """Do RowStore.look_up_own, up to what the step remembers."""
         ids, offsets, tables = ranges
         store = self._store
         unique = unique_ids(ids, tables, offsets)
         rows = store.index.find(unique.ids, unique.segments)
-        found = StoreLookup(
-            store, unique.ids, unique.segments, unique.counts, unique.inverse, rows, rows, source=source
-        )
+        seen = unique.counts if counts is None else summed_counts(counts, unique.inverse, unique.ids.numel())
+        found = StoreLookup(store, unique.ids, unique.segments, seen, unique.inverse, rows, rows, source=source)
         # numpy, because a comparison by torch would wake OpenMP's workers
         missing = torch.from_numpy(np.flatnonzero(rows.numpy() < 0))
         if train:

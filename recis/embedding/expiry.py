@@ -75,7 +75,7 @@ class CapacityQueue:
     ) -> None:
         self.table = table
         self._owners = owners
-        self._read = read
+        self.read = read
         self._watched = torch.empty(0, dtype=torch.int64, device=owners.owner.device)
         self._border: tuple[int, int, int] | None = None
 
@@ -106,7 +106,7 @@ class CapacityQueue:
 
     def _pick(self, rows: Tensor, num_rows: int) -> tuple[Tensor, tuple[int, int, int] | None]:
         """Return the lowest rows and the key of the highest of them; key None when there are too few."""
-        scores, last_seen, ids = self._read(rows)
+        scores, last_seen, ids = self.read(rows)
         picked = lowest(scores, last_seen, ids, num_rows)
         if picked.numel() < num_rows or num_rows == 0:
             return rows[picked], None

@@ -81,6 +81,11 @@ class StoreLookup:
                 view.inverse = numbers[view.inverse.long()]
 
 
+def summed_counts(counts: Tensor, inverse: Tensor, num_ids: int) -> Tensor:
+    """Return the sightings of each distinct id, int32 [num_ids], where position l stands for counts[l] of them."""
+    return torch.zeros(num_ids, dtype=torch.int32, device=counts.device).index_add_(0, inverse.long(), counts)
+
+
 def tally(records: Sequence[StoreLookup], num_tables: int) -> Tensor:
     """Return distinct ids of the step per table and outcome, int64 [T, 4]."""
     totals = torch.zeros(num_tables, NUM_OUTCOMES, dtype=torch.int64)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recis.embedding.exact_lookups import book_sightings
 from recis.embedding.late_reading import LateReading
-from recis.embedding.lookups import FOUND, FULL, INSERTED, NUM_OUTCOMES, REJECTED, StoreLookup
+from recis.embedding.lookups import FOUND, FULL, INSERTED, NUM_OUTCOMES, REJECTED, StoreLookup, summed_counts
 from recis.embedding.row_owners import DeviceRowOwners, grown
 from recis_kernels.hash_probe import LIVE, SIDE
 from recis_kernels.row_allocator import find_or_insert_rows
@@ -56,8 +56,15 @@ class PaddedLookups:
         assert isinstance(owners, DeviceRowOwners)
         return owners
 
-    def look_up(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
-        """Do RowStore.lookup, up to what the step remembers."""
+    def look_up(
+        self,
+        ranges: tuple[Tensor, Tensor, Tensor],
+        *,
+        train: bool,
+        source: object,
+        counts: Tensor | None = None,
+    ) -> StoreLookup:
+        """Do RowStore.look_up_own, up to what the step remembers."""
         ids, offsets, tables = ranges
         store = self._store
         unique = unique_ids_padded(ids, tables, self._whole(ids, offsets))
@@ -72,7 +79,8 @@ class PaddedLookups:
             known = torch.where(is_real, store.index.find(*pairs), -1)
             outcome = self._admitted(*pairs, is_real & (known < 0))
             rows = self._insert_some(*pairs, outcome == INSERTED, known)
-        found = StoreLookup(store, *pairs, unique.counts, unique.inverse, rows, rows, outcome, source=source)
+        seen = unique.counts if counts is None else summed_counts(counts, unique.inverse, unique.ids.numel())
+        found = StoreLookup(store, *pairs, seen, unique.inverse, rows, rows, outcome, source=source)
         missing, update_rows = is_real & (rows < 0), rows
         if not train:
             self._add(self._counts, found.tables, _DEFAULT_READS, missing, amounts=found.counts)

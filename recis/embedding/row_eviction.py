@@ -6,7 +6,7 @@ ByScore, which read the table.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from recis.embedding.rows import RowStore
 
 _ROWS_PER_READ = 65536
+Keys = tuple[Tensor, Tensor, Tensor]  # scores, last_seen, ids
 
 
 class RowEviction:
@@ -110,14 +111,35 @@ class RowEviction:
             if step % policy.every_steps == 0 and (tables is None or number in tables):
                 rows = self._rows_of(number)
                 store.evict(rows[self.norms(rows) < policy.l2])
-        over = store.sizes[self._capacity_tables] > self._capacity_rows if self._capacity else ()
+        if self._capacity:
+            self._to_capacity(tables)
+
+    def _to_capacity(self, tables: Sequence[int] | None) -> None:
+        store, exchange = self._store, self._store.exchange
+        over = self._everywhere(store.sizes[self._capacity_tables]) > self._capacity_rows
         for place in np.flatnonzero(over).tolist():
             number, policy, queue = self._capacity[place]
-            excess = int(store.sizes[number]) - policy.rows  # an earlier policy may have made room
-            if excess > 0 and (tables is None or number in tables):
-                store.evict(self._by_score(number, policy, excess) if queue is None else queue.lowest(excess))
+            excess = (
+                int(self._everywhere(store.sizes[[number]])[0]) - policy.rows
+            )  # an earlier policy may have made room
+            if excess <= 0 or not (tables is None or number in tables):
+                continue
+            here = min(excess, int(store.sizes[number]))
+            if queue is None:
+                rows, keys = self._by_score(number, policy, here)
+            else:
+                rows = queue.lowest(here)
+                keys = None if exchange is None else queue.read(rows)
+            if exchange is not None and keys is not None:
+                rows = rows[exchange.among_lowest(*keys, excess)]
+            store.evict(rows)
 
-    def _by_score(self, number: int, policy: LruCapacity | LfuCapacity | ByScore, excess: int) -> Tensor:
+    def _everywhere(self, sizes: np.ndarray) -> np.ndarray:
+        """Return rows of tables over all processes that share the store."""
+        return sizes if self._store.exchange is None else self._store.exchange.total(sizes)
+
+    def _by_score(self, number: int, policy: Any, excess: int) -> tuple[Tensor, Keys]:
+        """Return the lowest rows of a table and their (scores, last_seen, ids)."""
         assert isinstance(policy, ByScore)
         ids, rows = self._store.index.export(number)
         read = self._store.blocks.read(rows, ("last_seen", "count"))
@@ -127,7 +149,8 @@ class RowEviction:
             raise ValueError(
                 f"table {name!r}: the score of ByScore must be [{ids.numel()}], one per row; got {tuple(scores.shape)}"
             )
-        return rows[lowest(scores, read["last_seen"], ids, excess)]
+        picked = lowest(scores, read["last_seen"], ids, excess)
+        return rows[picked], (scores[picked], read["last_seen"][picked], ids[picked])
 
     def _rows_of(self, number: int) -> Tensor:
         return self._store.index.export(number)[1]

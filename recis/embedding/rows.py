@@ -9,6 +9,7 @@ segment, and by what a config adds to the signature: admission, eviction, limits
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,6 +39,24 @@ from recis_kernels.row_init import init_rows
 from recis_kernels.unique_ids import order_by_segment_and_id
 
 
+class Exchange(Protocol):
+    """How the rows of a store are shared with other processes: recis.distributed.exchange.TableExchange."""
+
+    def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup: ...
+
+    def bring_gradients(self) -> None: ...
+
+    def drop_gradients(self) -> None: ...
+
+    def has_unsent(self) -> bool: ...
+
+    def sum_of_squares(self, squares: Tensor) -> Tensor: ...
+
+    def total(self, sizes: np.ndarray) -> np.ndarray: ...
+
+    def among_lowest(self, scores: Tensor, last_seen: Tensor, ids: Tensor, num_rows: int) -> Tensor: ...
+
+
 class RowStore:
     """Rows of T tables of one signature.
 
@@ -52,6 +71,7 @@ class RowStore:
         clock: of eviction by seconds, shared by all stores of a table set; has_clock: whether this store needs it.
         on_evict: called with (table name, ascending ids) after an eviction.
         snapshot: the save under way, if any.
+        exchange: with whom the rows are shared; None: this process has them all.
     """
 
     def __init__(
@@ -105,6 +125,7 @@ class RowStore:
         self.snapshot: StoreSnapshot | None = None
         self.faults = LateFaults()
         self.lookups = PaddedLookups(self) if self.is_padded else ExactLookups(self)
+        self.exchange: Exchange | None = None
         self._records: list[StoreLookup] = []
         tables = self.defaults.tables
         if tables.numel():
@@ -160,7 +181,20 @@ class RowStore:
             train: whether unknown ids may earn rows and the step's bookkeeping counts this lookup.
             source: who asks; numbers micro-batches.
         """
-        found = self.lookups.look_up(ranges, train=train, source=source)
+        if self.exchange is not None:
+            return self.exchange.lookup(ranges, train=train, source=source)
+        return self.look_up_own(ranges, train=train, source=source)
+
+    def look_up_own(
+        self,
+        ranges: tuple[Tensor, Tensor, Tensor],
+        *,
+        train: bool,
+        source: object,
+        counts: Tensor | None = None,
+    ) -> StoreLookup:
+        """Do `lookup` among the rows that lie here; counts int32 [L]: sightings that each position stands for, None = 1."""
+        found = self.lookups.look_up(ranges, train=train, source=source, counts=counts)
         if train:
             if self._records:
                 self.lookups.mark_first(found, self._records)
@@ -198,7 +232,12 @@ class RowStore:
     # ---- what the optimizer needs
 
     def pending(self) -> list[PendingLookup]:
-        """Return the training lookups since the last update that a gradient has reached, in the order they were made."""
+        """Return the training lookups since the last update that a gradient has reached, in the order they were made.
+
+        Of rows that ranks share it is a collective when gradients wait to be exchanged.
+        """
+        if self.exchange is not None:
+            self.exchange.bring_gradients()
         return [record.grads for record in self._records if record.has_gradient and record.grads is not None]
 
     def micro_batch(self, source: object) -> int:
@@ -219,6 +258,8 @@ class RowStore:
 
     def drop_gradients(self) -> None:
         """Forget gradients that no update has consumed (zero_grad); the lookups still count as sightings."""
+        if self.exchange is not None:
+            self.exchange.drop_gradients()
         for record in self._records:
             if record.grads is not None:
                 for view in record.grads.views:
@@ -246,7 +287,8 @@ class RowStore:
             ValueError: a gradient waits that no optimizer step has applied.
         """
         records = self._records
-        if any(record.has_gradient for record in records):
+        unsent = self.exchange is not None and self.exchange.has_unsent()
+        if unsent or any(record.has_gradient for record in records):
             raise ValueError(
                 f"step {self.step} of {self.describe()} ends with gradients that no update has applied: call "
                 "SparseOptimizer.step() before end_step, or zero_grad() to drop them"

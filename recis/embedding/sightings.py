@@ -42,6 +42,12 @@ class ExactSightings:
         self._last_seen = torch.zeros(size, dtype=torch.int64)
         self._last_seen_s = torch.zeros(size, dtype=torch.int64)
 
+    def deal_limits(self, part: int, whole: int) -> None:
+        """Keep `part` of `whole` equal shares of each max_ids here; at least one id."""
+        limited = self._max_ids < torch.iinfo(torch.int64).max
+        dealt = [max(1, limit * part // whole) for limit in self._max_ids[limited].tolist()]
+        self._max_ids[limited] = torch.tensor(dealt, dtype=torch.int64)
+
     def counts(self, ids: Tensor, tables: Tensor) -> Tensor:
         """Return the sightings in earlier steps of (tables [N], ids [N]), int64 [N]."""
         slots = self._index.find(ids, tables)

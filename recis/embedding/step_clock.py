@@ -23,10 +23,12 @@ class StepClock:
     Attributes:
         step, seconds: of the last reading; 0, 0 before the first.
         log: the last (step, seconds) pairs.
+        agree: turns this process's reading into the one of all processes that share the tables; None: it is the only one.
     """
 
     def __init__(self, read: Callable[[], float] | None = None) -> None:
         self._read = time.time if read is None else read
+        self.agree: Callable[[int], int] | None = None
         self.step = 0
         self.seconds = 0
         self.log: deque[tuple[int, int]] = deque(maxlen=_LOGGED_STEPS)
@@ -34,7 +36,10 @@ class StepClock:
     def at(self, step: int) -> int:
         """Return the reading of this step in whole seconds; the clock is read at the first call for it."""
         if step != self.step or not self.log:
-            self.step, self.seconds = step, max(self.seconds, int(self._read()))
+            reading = int(self._read())
+            if self.agree is not None:
+                reading = self.agree(reading)
+            self.step, self.seconds = step, max(self.seconds, reading)
             self.log.append((step, self.seconds))
         return self.seconds
 

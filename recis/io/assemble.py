@@ -5,7 +5,7 @@ so leaving rows out moves no other row into another batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +63,25 @@ def assemble(
         part = whole.slice(number * micro_batch_size, micro_batch_size)
         made.append(_micro_batch(part, recipe, ends_step=number == micro_batches - 1))
     return made
+
+
+def assemble_parts(
+    parts: Sequence[Sequence[pa.RecordBatch]], recipe: Recipe, *, micro_batches: int, micro_batch_size: int
+) -> list[Made]:
+    """Return the micro-batches of a step's parts: the first one of each part, then the second of each, and so on.
+
+    Args:
+        parts: the rows of each part on this rank, lane after lane; the rest as in `assemble`, which one part equals.
+
+    Raises:
+        DataError: as assemble.
+    """
+    made = [assemble(part, recipe, micro_batches=micro_batches, micro_batch_size=micro_batch_size) for part in parts]
+    if len(made) == 1:
+        return made[0]
+    mixed = [made[part][number] for number in range(micro_batches) for part in range(len(parts))]
+    last = len(mixed) - 1
+    return [(replace(batch, ends_step=place == last), bad) for place, (batch, bad) in enumerate(mixed)]
 
 
 def _micro_batch(part: pa.RecordBatch, recipe: Recipe, *, ends_step: bool) -> Made:

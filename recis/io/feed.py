@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from recis.io.assemble import Made, Recipe, assemble
+from recis.io.assemble import Made, Recipe, assemble_parts
 from recis.io.config import DataConfig
 from recis.io.lane import Lane
 from recis.io.lanes import deal_units, micro_batches_of_step, rows_given
@@ -27,12 +27,22 @@ from recis.io.source import Source
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How the steps of a job are shared out: which rank this is, and how large its micro-batches are."""
+    """How the steps of a job are shared out: which rank this is, and how large its micro-batches are.
+
+    A step is cut into `parts`, part p being the lanes with lane mod parts = p; a rank has the parts p with
+    p mod world_size = rank, and delivers micro-batch 0 of each of them in ascending p, then micro-batch 1, ...
+    """
 
     rank: int
     world_size: int
+    parts: int
     micro_batches: int
     micro_batch_size: int
+
+    @property
+    def own_parts(self) -> range:
+        """The parts of this rank."""
+        return range(self.rank, self.parts, self.world_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +129,25 @@ class Feed:
             mine = {number: int(counts[number]) for number in self._lanes if counts[number]}
             if self._pending and not all(self._lanes[number].has(rows) for number, rows in mine.items()):
                 return
-            slices = [part for number, rows in mine.items() for part in self._lanes[number].take(rows)]
+            taken = {number: self._lanes[number].take(rows) for number, rows in mine.items()}
             total = int(counts.sum())
             if self._is_stream:
-                total = sum(part.num_rows for part in slices)
+                whole = [part for slices in taken.values() for part in slices]
+                total = sum(part.num_rows for part in whole)
                 self._stream_ended = total < self._config.batch_size
                 if total == 0 or (self._stream_ended and self._config.drop_last):
                     continue
-                slices, counts = self._share_of_stream(slices, total)
+                shares, counts = self._shares_of_stream(whole, total)
             else:
                 self._given += counts
+                shares = self._shares_of_lanes(taken)
             job = partial(
-                assemble,
-                slices,
+                assemble_parts,
+                shares,
                 self._recipe,
                 micro_batches=micro_batches_of_step(
                     counts,
-                    world_size=self._split.world_size,
+                    world_size=self._split.parts,
                     micro_batches=self._split.micro_batches,
                     micro_batch_size=self._split.micro_batch_size,
                 ),
@@ -198,12 +210,24 @@ class Feed:
         )
         return Lane(stream, skip=delivered - first * block, pool=self._pool)
 
-    def _share_of_stream(self, slices: list[pa.RecordBatch], total: int) -> tuple[list[pa.RecordBatch], np.ndarray]:
-        """This rank's rows of a step that it has read whole, and the rows of every rank."""
-        bounds = np.arange(self._split.world_size + 1) * total // self._split.world_size
-        start, stop = int(bounds[self._split.rank]), int(bounds[self._split.rank + 1])
+    def _shares_of_lanes(self, taken: dict[int, list[pa.RecordBatch]]) -> list[list[pa.RecordBatch]]:
+        """Return the rows of each part of this rank, lane after lane."""
+        return [
+            [part for number in sorted(taken) if number % self._split.parts == own for part in taken[number]]
+            for own in self._split.own_parts
+        ]
+
+    def _shares_of_stream(
+        self, slices: list[pa.RecordBatch], total: int
+    ) -> tuple[list[list[pa.RecordBatch]], np.ndarray]:
+        """Return the rows of each part of this rank in a step that it has read whole, and the rows of every part."""
+        bounds = np.arange(self._split.parts + 1) * total // self._split.parts
         whole = pa.Table.from_batches(slices, self._source.schema)
-        return whole.slice(start, stop - start).to_batches(), np.diff(bounds)
+        shares = []
+        for own in self._split.own_parts:
+            start, stop = int(bounds[own]), int(bounds[own + 1])
+            shares.append(whole.slice(start, stop - start).to_batches())
+        return shares, np.diff(bounds)
 
 
 def is_stream(source: Source) -> bool:

@@ -41,7 +41,8 @@ class Reader:
         config: what to read and how.
         rank: this process among world_size; it reads the lanes with lane mod world_size = rank.
         world_size: number of processes.
-        micro_batches: micro-batches per optimizer step and rank.
+        micro_batches: micro-batches per optimizer step and part.
+        parts: parts that a step is cut into by lane, a multiple of world_size (see Split); None: one per rank.
         source: read this instead of the files of the config (see `from_hf`).
         clock: seconds that only grow; for `follow`.
         sleep: waits for some seconds; for `follow`. The default wakes up when the reader is closed.
@@ -58,23 +59,29 @@ class Reader:
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
+        parts: int | None = None,
         source: Source | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
+        parts = world_size if parts is None else parts
         size = check_split(
             batch_size=config.batch_size,
             num_lanes=config.num_lanes,
             rank=rank,
-            world_size=world_size,
+            world_size=parts,
             micro_batches=micro_batches,
         )
+        if parts % world_size:
+            raise ConfigError(f"parts must be a multiple of the ranks; got parts={parts}, world_size={world_size}")
         if config.format == "huggingface" and source is None:
             raise ConfigError("format 'huggingface' has no files to open; use recis.io.from_hf(dataset, ...)")
         if config.follow is not None and world_size > 1:
             raise ConfigError(f"follow reads in one process: {world_size} could see different files; use world_size=1")
         self.config = config
-        self._split = Split(rank=rank, world_size=world_size, micro_batches=micro_batches, micro_batch_size=size)
+        self.split = Split(
+            rank=rank, world_size=world_size, parts=parts, micro_batches=micro_batches, micro_batch_size=size
+        )
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="recis-read")
         self._finalizer = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
@@ -136,7 +143,7 @@ class Reader:
     @property
     def micro_batch_size(self) -> int:
         """Most samples of a batch: batch_size / (ranks * micro-batches)."""
-        return self._split.micro_batch_size
+        return self.split.micro_batch_size
 
     @property
     def num_bad_rows(self) -> int:
@@ -174,7 +181,7 @@ class Reader:
             self._next_round(self._watcher)
             return
         self._epoch, self._rows, self._rows_after = step.epoch, step.rows_before, step.rows_after
-        if self._split.world_size == 1 and all(batch.num_samples == 0 for batch, _ in step.made):
+        if self.split.parts == 1 and all(batch.num_samples == 0 for batch, _ in step.made):
             for _, bad in step.made:  # all of its rows were bad: there is nothing to train on
                 self._note(bad)
             self._rows = step.rows_after
@@ -262,7 +269,7 @@ class Reader:
             self._feed = Feed(
                 self._source,
                 self.config,
-                self._split,
+                self.split,
                 pool=self._pool,
                 row_bytes=self._row_bytes,
                 epoch=epoch,
@@ -289,14 +296,13 @@ class Reader:
             consumed = sorted({*consumed, *(path for path, _, _ in files)})
             epoch, rows, files = epoch + 1, 0, []
         source = self._source if files else None
-        split = self._split
         return {
             "format": FORMAT,
             "version": VERSION,
             "epoch": epoch,
             "rows": rows,
             "micro_batch": self._micro_batch,
-            "split": [self.config.batch_size, split.world_size, split.micro_batches],
+            "split": self._split_numbers(),
             "order": order_of(self.config),
             "lanes": [] if source is None else lane_places(source, self.config, epoch, rows),
             "files": files,
@@ -314,8 +320,7 @@ class Reader:
             DataError: the files differ; the text names the first difference.
         """
         check_state(state, self.config)
-        split = self._split
-        delivered = check_micro_batch(state, [self.config.batch_size, split.world_size, split.micro_batches])
+        delivered = check_micro_batch(state, self._split_numbers())
         epoch, rows = int(state["epoch"]), int(state["rows"])
         self._restore_source(state)
         mine = [] if self._source is None else self._source.files()
@@ -328,6 +333,12 @@ class Reader:
             next(self)
         self._num_bad_rows = int(state["bad_rows"]["count"])
         self._bad_rows = [BadRow(**row) for row in state["bad_rows"]["first"]]
+
+    def _split_numbers(self) -> list[int]:
+        """What a position inside a step depends on."""
+        split = self.split
+        parts = [] if split.parts == split.world_size else [split.parts]
+        return [self.config.batch_size, split.world_size, split.micro_batches, *parts]
 
     def _restore_source(self, state: Mapping[str, Any]) -> None:
         """Open the window or the round of files that a state was saved in."""

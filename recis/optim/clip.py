@@ -50,7 +50,7 @@ def clip_grad_norm(
     if not max_norm > 0:
         raise ConfigError(f"clip_grad_norm: max_norm must be above 0; got {max_norm}")
     grads = [parameter.grad for parameter in dense_parameters if parameter.grad is not None]
-    stores = [store for store in stores_of(sparse) if store.pending()]
+    stores = [store for store in stores_of(sparse) if store.pending() or store.exchange is not None]
     if any(store.is_padded for store in stores):
         return _clip_on_device(grads, stores, max_norm, skip_nonfinite)
     total = torch.zeros((), dtype=torch.float64)
@@ -77,6 +77,8 @@ _WAY_OUT = "nothing was changed. Lower the learning rate, or look for the featur
 
 def _square_norm(store: Any, lookups: list[PendingLookup], skip_nonfinite: bool) -> Tensor:
     """Return the squared norm of a store's summed row gradients, a float64 scalar."""
+    if not lookups:  # of rows shared with others, none of which lies here
+        return store.exchange.sum_of_squares(torch.zeros(0, dtype=torch.float64))
     merged = merge_lookups(lookups)
     norms = row_square_sums(merged, store.layout.dim)
     bad = (~norms.isfinite()).nonzero().squeeze(1)
@@ -85,6 +87,8 @@ def _square_norm(store: Any, lookups: list[PendingLookup], skip_nonfinite: bool)
             places = shortened(describe_rows(store, merged, bad))
             raise NonFiniteNorm(f"clip_grad_norm: a gradient is not finite: {places}; {_WAY_OUT}")
         norms = norms[norms.isfinite()]
+    if store.exchange is not None:
+        return store.exchange.sum_of_squares(norms)
     # Sorted, because merged rows come by row number, which a resumed run does not share: the sum must not depend on it.
     return (norms if len(lookups) == 1 else norms.sort().values).sum()
 

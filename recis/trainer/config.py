@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from recis.distributed.config import Parallel
 from recis.errors import ConfigError
 from recis.models.losses import binary_loss
 from recis.optim.schedule import Schedule
@@ -196,6 +197,8 @@ class TrainConfig:
     """Extra memory for blocks copied during such a save; beyond it training waits and says so."""
     log_every_steps: int = 50
 
+    parallel: Parallel = Parallel()  # noqa: RUF009  frozen
+    """How the run is spread over the processes of torchrun."""
     seed: int = 0
     deterministic: bool = True
     """Equal bytes for equal runs, at any number of threads."""

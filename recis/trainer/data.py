@@ -7,9 +7,10 @@ time windows is read window after window.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from recis.distributed.batches import part_bounds, samples_of
 from recis.errors import ConfigError
 from recis.features import FeatureEngine
 from recis.io.assemble import BadRow
@@ -21,6 +22,21 @@ from recis.trainer.config import Source
 UNTIL_STOPPED = 2**31 - 1  # epochs of a run that max_steps ends
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which parts of a step a rank has: p with p mod world_size = rank, of `parts`."""
+
+    rank: int = 0
+    world_size: int = 1
+    parts: int = 1
+
+    def parts_of(self, batch: Batch) -> list[Batch]:
+        """Return this rank's parts of a batch that every rank has read, some of them perhaps empty."""
+        bounds = part_bounds(batch.num_samples, self.parts)
+        own = range(self.rank, self.parts, self.world_size)
+        return [samples_of(batch, bounds[part], bounds[part + 1]) for part in own]
+
+
 class StepStream:
     """The micro-batches of optimizer steps, with a position.
 
@@ -29,25 +45,42 @@ class StepStream:
         engine: makes Batch of RawBatch; None when the source delivers Batch.
         micro_batches: per step. A RawBatch says itself whether it ends its step.
         epochs: in place of the DataConfig's own; None keeps it.
+        share: which parts of each step to deliver. A Source of one's own is read whole by every rank, which keeps its parts
+            of each batch; a Reader of several ranks is one already.
 
     Raises:
-        ConfigError: `data` is neither.
+        ConfigError: `data` is neither, or a Reader of other ranks.
     """
 
     def __init__(
-        self, data: Any, engine: FeatureEngine | None, *, micro_batches: int = 1, epochs: int | None = None
+        self,
+        data: Any,
+        engine: FeatureEngine | None,
+        *,
+        micro_batches: int = 1,
+        epochs: int | None = None,
+        share: "Share | None" = None,
     ) -> None:
         self._engine = engine
         self._micro_batches = micro_batches
+        share = Share() if share is None else share
+        self._cut: Share | None = None
         self._opened: Reader | None = None
         if isinstance(data, DataConfig):
             if engine is None:
                 raise ConfigError("data given as DataConfig needs `features`, which make a Batch of its columns")
             config = data if epochs is None else replace(data, epochs=epochs)
-            self._source: Any = Reader(config, micro_batches=micro_batches)
+            self._source: Any = Reader(
+                config,
+                rank=share.rank,
+                world_size=share.world_size,
+                parts=share.parts,
+                micro_batches=micro_batches,
+            )
             self._opened = self._source
         elif isinstance(data, Source):
             self._source = data
+            self._cut = share if share.parts > 1 and not _is_shared(data, share) else None
         else:
             raise ConfigError(
                 f"data must be a DataConfig or a source with state_dict and load_state_dict; got {type(data).__name__}"
@@ -61,11 +94,14 @@ class StepStream:
     def steps(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of one step after the other until the data ends."""
         waiting: list[Batch] = []
+        taken = 0
         for raw in _all_windows(self._source):
-            waiting.append(_features(raw, self._engine))
-            if raw.ends_step if isinstance(raw, RawBatch) else len(waiting) == self._micro_batches:
+            batch = _features(raw, self._engine)
+            waiting += [batch] if self._cut is None else self._cut.parts_of(batch)
+            taken += 1
+            if raw.ends_step if isinstance(raw, RawBatch) else taken == self._micro_batches:
                 yield waiting
-                waiting = []
+                waiting, taken = [], 0
         if waiting:
             yield waiting
 
@@ -132,6 +168,24 @@ class FromStart:
     def _pairs(self, source: Any) -> Iterator[tuple[RawBatch | Batch, Batch]]:
         for raw in _all_windows(source):
             yield raw, _features(raw, self._engine, labels=self._labels)
+
+
+def _is_shared(source: Any, share: Share) -> bool:
+    """Whether a source delivers this rank's samples alone.
+
+    Raises:
+        ConfigError: it delivers those of another rank.
+    """
+    if not isinstance(source, Reader) or source.split.parts == 1:
+        return False
+    split = source.split
+    if (split.rank, split.world_size, split.parts) != (share.rank, share.world_size, share.parts):
+        raise ConfigError(
+            f"the Reader given as train_data is that of rank {split.rank} of {split.world_size} with {split.parts} parts, "
+            f"this is rank {share.rank} of {share.world_size} with {share.parts}: give a Reader of one process, or a "
+            "DataConfig, and it is shared out here"
+        )
+    return True
 
 
 def _all_windows(source: Any) -> Iterator[RawBatch | Batch]:

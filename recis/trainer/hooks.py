@@ -3,13 +3,14 @@
     on_train_start(state)    on_step_end(state)    on_evaluate_end(state)    on_checkpoint(state)    on_train_end(state)
 
 `state` is the run's RunState. A hook reads it and acts on its own things; to end training it sets `state.stop_reason`.
+Of several ranks each calls its own hooks at the same steps; one with `rank_0_only = True` is called on rank 0 alone.
 An evaluation that falls on a step comes before that step's on_step_end, a checkpoint after all other hooks.
 """
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +19,9 @@ from recis.trainer.config import Monitor
 from recis.trainer.log import MetricsLog
 from recis.trainer.metric_set import MetricSet
 from recis.trainer.state import RunState
+
+if TYPE_CHECKING:
+    from recis.trainer.parallel import ParallelRun
 
 EVENTS = ("on_train_start", "on_step_end", "on_evaluate_end", "on_checkpoint", "on_train_end")
 
@@ -45,6 +49,7 @@ class Logger:
     Args:
         log: where to.
         metrics: training metrics; each line takes their value since the line before.
+        together: gives values over all ranks of a job; None: this process has seen all samples.
         clock: seconds, rising; for tests.
     """
 
@@ -54,8 +59,10 @@ class Logger:
         *,
         every_steps: int,
         metrics: MetricSet,
+        together: "ParallelRun | None" = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._together = together
         self._log = log
         self._every_steps = every_steps
         self._metrics = metrics
@@ -70,15 +77,20 @@ class Logger:
             return
         now = self._clock() - state.evaluation_s
         begun, samples = self._since
+        if self._together is None:
+            values = self._metrics.compute()
+            counters = {name: table.counters().to_dict() for name, table in state.tables.items()}
+        else:
+            values, counters = self._together.metric_values(self._metrics), self._together.table_counters(state.tables)
         self._log.write(
             {
                 "kind": "train",
                 "step": state.step,
                 "loss": float(state.window_loss) / max(state.window_steps, 1),
-                **self._metrics.compute(),
+                **values,
                 "samples": state.samples,
                 "samples_per_s": (state.samples - samples) / max(now - begun, 1e-9),
-                "tables": {name: table.counters().to_dict() for name, table in state.tables.items()},
+                "tables": counters,
             }
         )
         self._metrics.reset()
@@ -187,6 +199,8 @@ class TensorBoard:
         every_steps: steps between two losses.
     """
 
+    rank_0_only = True
+
     def __init__(self, folder: Path | str, *, every_steps: int = 50) -> None:
         self.folder = str(folder)
         self.every_steps = every_steps
@@ -214,6 +228,8 @@ class TensorBoard:
 
 class Profiler:
     """Records `num_steps` steps after `after_steps` with torch's profiler into `folder/trace.json` (Chrome's format)."""
+
+    rank_0_only = True
 
     def __init__(self, folder: Path | str, *, after_steps: int = 10, num_steps: int = 5) -> None:
         self.folder = Path(folder)

@@ -5,6 +5,7 @@ out, a task weight multiplies the sample weight.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,19 @@ class MetricSet:
     def compute(self) -> dict[str, float]:
         """Return all values by key; NaN where a metric has none."""
         return {key: metric.compute() for key, (_, metric) in self._metrics.items()}
+
+    def merged(self, states: Sequence[Mapping[str, Any]]) -> "MetricSet":
+        """Return new metrics over the rows of all `states`, which `state_dict` of sets like this one returned."""
+        merged = copy(self)
+        merged._metrics = {key: (index, metric.fresh()) for key, (index, metric) in self._metrics.items()}
+        for state in states:
+            if set(state) != set(self._metrics):
+                raise ConfigError(f"saved metrics are {sorted(state)}, this run has {sorted(self._metrics)}")
+            for key, (_, metric) in merged._metrics.items():
+                part = metric.fresh()
+                part.load_state_dict(state[key])
+                metric.merge(part)
+        return merged
 
     def reset(self) -> None:
         """Forget all rows."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recis.checkpoint import Boundary, Loaded, Saver, Target, as_checkpoint, load, read_manifest, resolve_chain, tree
+from recis.checkpoint.load import read_tree
 from recis.checkpoint.manifest import step_folder
+from recis.distributed.ranks import Ranks
 from recis.errors import CheckpointError, ConfigError
 from recis.trainer.build import dense_state, load_named_optimizer_state, named_optimizer_state
 from recis.trainer.config import InitFrom, TrainConfig
@@ -24,10 +26,11 @@ if TYPE_CHECKING:
     from recis.trainer.trainer import Trainer
 
 
-def make_saver(config: TrainConfig, run: Path) -> Saver:
-    """Return what writes the checkpoints of a run."""
+def make_saver(config: TrainConfig, run: Path, ranks: Ranks) -> Saver:
+    """Return what writes the checkpoints of a run, this rank's files of them."""
     return Saver(
         run,
+        peers=ranks if ranks.world_size > 1 else None,
         keep=config.keep_checkpoints,
         snapshot_memory_mib=config.snapshot_memory_mib,
         background=config.async_save,
@@ -43,23 +46,28 @@ def base_of_next(newest: Path | None, step: int, delta_saves: int) -> Path | Non
 
 
 def boundary(trainer: "Trainer") -> Boundary:
-    """Return the whole state of a run between two steps."""
+    """Return the whole state of a run between two steps; on other ranks than 0 without what is equal on all."""
     names = list(trainer.dense_parameters)
+    reader = None if trainer.stream is None else trainer.stream.state_dict()
+    trees: dict[str, Any] = {"rng": random_state(), "metrics": trainer.metrics.state_dict()}
+    dense: dict[str, Any] = {}
+    if trainer.parallel is not None:
+        trainer.parallel.share_buffers()
+        reader = _whole_reader_state(reader, trainer.ranks)
+    if trainer.ranks.rank == 0:
+        dense = dense_state(trainer.model)
+        trees["optim"] = {
+            "dense": named_optimizer_state(trainer.dense_optimizer, names),
+            "sparse": trainer.sparse_optimizer.state_dict(),
+        }
     return Boundary(
         step=trainer.state.step,
         seed=trainer.config.seed,
         clock_s=int(trainer.clock()),
         table_sets=trainer.table_sets,
-        dense=dense_state(trainer.model),
-        trees={
-            "optim": {
-                "dense": named_optimizer_state(trainer.dense_optimizer, names),
-                "sparse": trainer.sparse_optimizer.state_dict(),
-            },
-            "rng": random_state(),
-            "metrics": trainer.metrics.state_dict(),
-        },
-        reader=None if trainer.stream is None else trainer.stream.state_dict(),
+        dense=dense,
+        trees=trees,
+        reader=reader,
         schedules=trainer.schedule.state_dict(),
         trainer={
             "run": trainer.state.state_dict(),
@@ -72,16 +80,33 @@ def boundary(trainer: "Trainer") -> Boundary:
     )
 
 
+def _whole_reader_state(state: Any, ranks: Ranks) -> Any:
+    """Return the position of the job with the bad rows of all ranks; apart from those it is the same on each."""
+    if not isinstance(state, Mapping) or "bad_rows" not in state:
+        return state
+    every = ranks.gather_objects(state["bad_rows"], "rows that were left out")
+    first = [row for bad in every for row in bad["first"]]
+    return {**state, "bad_rows": {"count": sum(bad["count"] for bad in every), "first": first}}
+
+
+def _own_reader_state(state: Any, ranks: Ranks) -> Any:
+    """Return the position for this rank: what was left out so far counts on rank 0."""
+    if ranks.rank == 0 or not isinstance(state, Mapping) or "bad_rows" not in state:
+        return state
+    return {**state, "bad_rows": {"count": 0, "first": []}}
+
+
 def restore(trainer: "Trainer", checkpoint: Path) -> Any:
     """Put a trainer where a checkpoint of the same config was saved; returns the position of its reader.
 
     The checkpoint must have been verified just now.
     """
     _check_features(trainer, checkpoint)
-    loaded = load(checkpoint, into=target(trainer), verify=False)
+    ranks = trainer.ranks
+    loaded = load(checkpoint, into=target(trainer), verify=False, rank=ranks.rank, world_size=ranks.world_size)
     _restore_optimizers(trainer, loaded)
     set_random_state(loaded.trees["rng"])
-    trainer.metrics.load_state_dict(loaded.trees["metrics"])
+    _restore_metrics(trainer, loaded)
     trainer.state.load_state_dict(loaded.trainer["run"])
     trainer.state.metrics = dict(loaded.metrics or {})
     trainer.state.checkpoint = checkpoint
@@ -95,7 +120,17 @@ def restore(trainer: "Trainer", checkpoint: Path) -> Any:
     for table_set, state in zip(trainer.table_sets, loaded.trainer["table_sets"], strict=True):
         table_set.load_state(state)
     _mark_base(trainer)
-    return loaded.reader
+    return _own_reader_state(loaded.reader, ranks)
+
+
+def _restore_metrics(trainer: "Trainer", loaded: Loaded) -> None:
+    """Give each rank its own training metrics; where others saved them, rank 0 takes the rows of all."""
+    ranks, manifest = trainer.ranks, loaded.manifest
+    if manifest.world_size == ranks.world_size:
+        trainer.metrics.load_state_dict(loaded.trees["metrics"])
+    elif ranks.rank == 0:
+        states = [read_tree(loaded.path, manifest, "metrics", rank) for rank in range(manifest.world_size)]
+        trainer.metrics.load_state_dict(trainer.metrics.merged(states).state_dict())
 
 
 def start_from(trainer: "Trainer", init: InitFrom) -> None:
@@ -113,6 +148,8 @@ def start_from(trainer: "Trainer", init: InitFrom) -> None:
         strict=init.strict,
         cast=init.cast,
         rebase_steps=True,
+        rank=trainer.ranks.rank,
+        world_size=trainer.ranks.world_size,
     )
     saved = loaded.trees.get("optim")
     if saved is not None:  # moments only: learning rates and schedules are those of the new run
@@ -132,7 +169,13 @@ def load_weights(trainer: "Trainer", path: Path) -> Loaded:
     """
     checkpoint = as_checkpoint(path)
     _check_features(trainer, checkpoint)
-    loaded = load(checkpoint, into=target(trainer), parts={"weights", "dense"})
+    loaded = load(
+        checkpoint,
+        into=target(trainer),
+        parts={"weights", "dense"},
+        rank=trainer.ranks.rank,
+        world_size=trainer.ranks.world_size,
+    )
     for table_set in trainer.table_sets:
         table_set.load_step(loaded.manifest.step)
     return loaded

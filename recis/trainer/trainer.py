@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from recis.checkpoint import Loaded, latest, list_checkpoints
+from recis.distributed.ranks import Ranks
 from recis.errors import ConfigError, RecisError
 from recis.features import FeatureEngine
 from recis.io.assemble import BadRow
@@ -25,7 +26,7 @@ from recis.io.batch import Batch, RawBatch
 from recis.io.config import DataConfig
 from recis.optim import SparseOptimizer, clip_grad_norm
 from recis.optim.schedule import build_schedule
-from recis.trainer import persist
+from recis.trainer import persist, scoring
 from recis.trainer.build import (
     all_tables,
     build_model,
@@ -36,13 +37,15 @@ from recis.trainer.build import (
     table_sets,
 )
 from recis.trainer.config import TrainConfig
-from recis.trainer.data import UNTIL_STOPPED, FromStart, StepStream
+from recis.trainer.data import UNTIL_STOPPED, FromStart, Share, StepStream
 from recis.trainer.hooks import Checkpoint, EarlyStop, Logger, call_hooks, check_hooks
 from recis.trainer.log import MetricsLog
 from recis.trainer.metric_set import MetricSet
+from recis.trainer.parallel import ParallelRun
 from recis.trainer.progress import Progress
 from recis.trainer.randomness import deterministic_note, deterministic_torch, seed_everything
 from recis.trainer.run_folder import RunFolder
+from recis.trainer.scoring import as_float
 from recis.trainer.serialize import to_json
 from recis.trainer.state import RunState
 from recis_kernels import calibration
@@ -68,6 +71,7 @@ class Trainer:
         out: the run's folder; None keeps nothing.
         resume: go on with the run in `out`.
         quiet: print no progress.
+        ranks: the processes that train together; None: this one alone. All of them build equal trainers.
         clock: seconds since 1970, for the manifest; for tests.
 
     Attributes:
@@ -75,6 +79,8 @@ class Trainer:
         collections: its embedding collections.
         tables: their tables by name.
         state: where the run stands (see RunState).
+        ranks: the processes that train together.
+        parallel: what they do together; None where this process does all.
         choices: what the kernels choose by: the built-in table in deterministic mode, else this machine's; of a resumed
             run the one in its checkpoint.
 
@@ -90,6 +96,7 @@ class Trainer:
         *,
         resume: bool = False,
         quiet: bool = False,
+        ranks: Ranks | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if resume and out is None:
@@ -98,9 +105,11 @@ class Trainer:
         self.clock = clock
         check_hooks(config.hooks)
         self.config_text = json.dumps(to_json(config), indent=1, allow_nan=False) + "\n"
-        self._folder = None if out is None else RunFolder(out, self.config_text, resume=resume)
+        self.ranks = Ranks() if ranks is None else ranks
+        has_folder = out is not None and self.ranks.rank == 0
+        self._folder = RunFolder(out, self.config_text, resume=resume) if out is not None and has_folder else None
         try:
-            self._build(out, resume=resume, quiet=quiet)
+            self._build(out, resume=resume, quiet=quiet or self.ranks.rank > 0)
         except BaseException:
             if self._folder is not None:
                 self._folder.close()
@@ -118,7 +127,7 @@ class Trainer:
             table_set.set_deterministic(config.deterministic)
         self.tables = all_tables(self.table_sets)
         self.dense_parameters = dense_parameters(self.model)
-        self._forward = torch.compile(self.model) if config.compile_dense else self.model
+        self.forward = torch.compile(self.model) if config.compile_dense else self.model
         self.engine = FeatureEngine(config.features) if config.features else None
         self.loss = config.loss
         own_names = ("label",) if self.engine is None else self.engine.label_keys
@@ -132,8 +141,10 @@ class Trainer:
         self.reader_state: Any = None
         self._bad_rows: dict[BadRow, None] = {}
         self._eval_data = None if config.eval_data is None else FromStart(config.eval_data, self.engine)
-        self._saver = None if out is None else persist.make_saver(config, out)
-        self._log = MetricsLog(None if self._folder is None else self._folder.log_path)
+        parts = config.parallel.parts_over(self.ranks.world_size)
+        self.parallel = ParallelRun(self, self.ranks, parts) if parts > 1 else None
+        self._saver = None if out is None else persist.make_saver(config, out, self.ranks)
+        self._log = MetricsLog(None if self._folder is None else self._folder.log_path)  # rank 0's
         self._hooks = self._make_hooks(quiet)
         if resume and out is not None:
             self._resume(out)
@@ -147,6 +158,8 @@ class Trainer:
             NonFiniteLossError: before anything is updated.
         """
         with calibration.use(self.choices):
+            if self.parallel is not None:
+                return self.parallel.train_step(micro_batches)
             return self._train_step(micro_batches)
 
     def _train_step(self, micro_batches: Sequence[Batch]) -> StepOutput:
@@ -157,9 +170,9 @@ class Trainer:
         self.dense_optimizer.zero_grad()
         losses, outputs = [], []
         for batch in micro_batches:
-            with self._autocast(batch.weights.device.type):
-                output = self._forward(batch)
-            output = _as_float(output)
+            with self.autocast(batch.weights.device.type):
+                output = self.forward(batch)
+            output = as_float(output)
             loss = self.loss(output, batch) / total_weight
             self._require_finite(loss, batch, step)
             loss.backward()  # row gradients collect per table
@@ -174,7 +187,7 @@ class Trainer:
         for collection in self.collections:  # counters, then eviction
             collection.end_step(step)
         mean_loss = torch.stack(losses).sum()
-        self._advance(step, mean_loss, sum(batch.num_samples for batch in micro_batches))
+        self.advance(step, mean_loss, sum(batch.num_samples for batch in micro_batches))
         return StepOutput(mean_loss, outputs)
 
     def train(self) -> dict[str, float]:
@@ -194,15 +207,19 @@ class Trainer:
                     if self._finished() or (every is not None and state.step % every == 0):
                         self._evaluate_now()
                     call_hooks(self._hooks, "on_step_end", state)
+                    if self.parallel is not None and config.hooks:
+                        self.parallel.agree_to_stop()
                     self._note_checkpoint(wait=False)
                 if state.last_eval_step != state.step:
                     self._evaluate_now()
                 call_hooks(self._hooks, "on_train_end", state)
                 self._note_checkpoint(wait=True)
             if config.after is not None:
-                config.after(self, state.run)
-        finally:
-            self.close()
+                config.after(self, state.run if self.ranks.rank == 0 else None)
+        except BaseException:
+            self._abandon()
+            raise
+        self.close()
         return dict(state.metrics)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -218,21 +235,12 @@ class Trainer:
         source = self._eval_data if data is None else FromStart(data, self.engine)
         if source is None:
             raise ConfigError("nothing to evaluate on: give data, or set eval_data in the TrainConfig")
-        metrics = MetricSet(self.config.metrics, self.tasks)
-        loss_sum = torch.zeros((), dtype=torch.float64)
-        weight_sum = torch.zeros((), dtype=torch.float64)
-        num_samples = 0
-        for _, batch, output in self._outputs(source):
-            loss_sum += self.loss(output, batch).double().cpu()
-            weight_sum += batch.weights.sum().double().cpu()
-            metrics.update(self.config.score(output), batch)
-            num_samples += batch.num_samples
-        return num_samples, {"loss": float(loss_sum / weight_sum), **metrics.compute()}
+        return scoring.measure(self, source)
 
     def scored(self, data: Any) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch of data with its scores [B, T], in the order of its rows (files sorted by path)."""
-        for _, batch, output in self._outputs(FromStart(data, self.engine)):
-            yield batch, self._scores(output)
+        for _, batch, scores, _ in scoring.scored(self, FromStart(data, self.engine)):
+            yield batch, scores
 
     def predict(self, data: Any) -> Iterator[Tensor]:
         """Yield the scores [B, T] of data, batch by batch in the order of its rows (files sorted by path).
@@ -244,8 +252,8 @@ class Trainer:
 
     def predict_raw(self, data: Any) -> Iterator[tuple[RawBatch | Batch, Tensor]]:
         """Yield what predict yields beside the batch as it was read, which says where its rows came from."""
-        for raw, _, output in self._outputs(FromStart(data, self.engine, labels=False)):
-            yield raw, self._scores(output)
+        for raw, _, scores, _ in scoring.scored(self, FromStart(data, self.engine, labels=False)):
+            yield raw, scores
 
     @property
     def bad_rows(self) -> tuple[BadRow, ...]:
@@ -277,6 +285,14 @@ class Trainer:
             self._log.close()
             if self._folder is not None:
                 self._folder.close()
+            if self.parallel is not None:
+                self.parallel.close()
+
+    def _abandon(self) -> None:
+        """Close after a failure; a save that other ranks take part in may never end and is left alone."""
+        if self._saver is not None and self.ranks.world_size > 1:
+            self._saver = None
+        self.close()
 
     # ---- the loop's parts
 
@@ -299,11 +315,18 @@ class Trainer:
         epochs = config.epochs
         if epochs is None and config.max_steps is not None and not _moves_on(config.train_data):
             epochs = UNTIL_STOPPED
-        self.stream = StepStream(config.train_data, self.engine, micro_batches=config.accumulate_steps, epochs=epochs)
+        self.stream = StepStream(
+            config.train_data,
+            self.engine,
+            micro_batches=config.accumulate_steps,
+            epochs=epochs,
+            share=Share(self.ranks.rank, self.ranks.world_size, config.parallel.parts_over(self.ranks.world_size)),
+        )
         if self.reader_state is not None:
             self.stream.load_state_dict(self.reader_state)
 
-    def _advance(self, step: int, loss: Tensor, num_samples: int) -> None:
+    def advance(self, step: int, loss: Tensor, num_samples: int) -> None:
+        """Note that a step has been made."""
         state = self.state
         state.step = step
         state.samples += num_samples
@@ -326,33 +349,26 @@ class Trainer:
         state.metrics = metrics
         call_hooks(self._hooks, "on_evaluate_end", state)
 
-    def _outputs(self, source: FromStart) -> Iterator[tuple[RawBatch | Batch, Batch, Any]]:
-        self.model.eval()
-        with torch.no_grad():
-            try:
-                for raw, batch in source.batches():
-                    with calibration.use(self.choices), self._autocast(batch.weights.device.type):
-                        output = self._forward(batch)
-                    yield raw, batch, _as_float(output)
-            finally:
-                self._bad_rows.update(dict.fromkeys(source.bad_rows))
+    def note_bad_rows(self, rows: Sequence[BadRow]) -> None:
+        """Remember rows that a reading left out."""
+        self._bad_rows.update(dict.fromkeys(rows))
 
-    def _scores(self, output: Any) -> Tensor:
-        scores = self.config.score(output).float()
-        return scores.unsqueeze(1) if scores.ndim == 1 else scores
-
-    def _autocast(self, device: str) -> torch.autocast:
+    def autocast(self, device: str) -> torch.autocast:
+        """Return the context in which the model runs."""
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.bf16_autocast)
 
     def _require_finite(self, loss: Tensor, batch: Batch, step: int) -> None:
         if bool(torch.isfinite(loss)):
             return
+        self.stop_nonfinite(float(loss.detach()), nonfinite_features(self.collections, batch), step)
+
+    def stop_nonfinite(self, loss: float, found: Sequence[str], step: int) -> NoReturn:
+        """Raise NonFiniteLossError, naming what of the input is not finite."""
         self._note_checkpoint(wait=True)
-        found = nonfinite_features(self.collections, batch)
         where = f"not finite: {', '.join(found)}" if found else "rows, dense features and labels are finite"
         kept = self.state.checkpoint
         raise NonFiniteLossError(
-            f"step {step}: the loss is {float(loss.detach())}; {where}; nothing was updated. "
+            f"step {step}: the loss is {loss}; {where}; nothing was updated. "
             f"Last good checkpoint: {kept if kept is not None else 'none'}; lower the learning rate or set clip_grad_norm"
         )
 
@@ -363,11 +379,13 @@ class Trainer:
         hooks: list[Any] = []
         if config.monitor is not None:
             hooks.append(EarlyStop(config.monitor))
-        hooks.append(Logger(self._log, every_steps=config.log_every_steps, metrics=self.metrics))
+        hooks.append(
+            Logger(self._log, every_steps=config.log_every_steps, metrics=self.metrics, together=self.parallel)
+        )
         if not quiet:
             note = deterministic_note() if config.deterministic and self.tables else None
             hooks.append(Progress(every_steps=config.log_every_steps, note=note))
-        hooks += config.hooks
+        hooks += [hook for hook in config.hooks if self.ranks.rank == 0 or not getattr(hook, "rank_0_only", False)]
         if self._saver is not None:
             hooks.append(Checkpoint(every_steps=config.save_every_steps, save=self._save))
         return hooks
@@ -391,7 +409,7 @@ class Trainer:
             call_hooks(self._hooks, "on_checkpoint", self.state)
 
     def _resume(self, run: Path) -> None:
-        newest = latest(run)
+        newest = self.ranks.on_rank_0(lambda: latest(run), "which checkpoint is the newest whole one")
         if newest is not None:
             self.reader_state = persist.restore(self, newest)
             self._finish_rotation()
@@ -400,15 +418,10 @@ class Trainer:
     def _finish_rotation(self) -> None:
         """Delete what the killed process had no time to, but never the checkpoint that this one goes on from."""
         state = self.state
-        if self._saver is not None:
+        if self._saver is not None and self.ranks.rank == 0:
             self._saver.rotate([step for step in (state.step, state.best_step) if step is not None])
 
 
 def _moves_on(data: Any) -> bool:
     """Whether data is read in windows or as it arrives: going over it again would never reach what comes next."""
     return isinstance(data, DataConfig) and (data.window is not None or data.follow is not None)
-
-
-def _as_float(output: Any) -> Any:
-    """Return logits of an autocast model in float32; outputs of other kinds as they are."""
-    return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output

@@ -64,7 +64,7 @@ def run_child(request: dict[str, Any], report: int) -> None:
     events = Events(die.get("event"))
     for name in EVENTS:
         events.watch(os, name)
-    events.watch(trainer_module.Trainer, "_advance")
+    events.watch(trainer_module.Trainer, "advance")
     if "seconds" in die:
         threading.Timer(die["seconds"], os.kill, (os.getpid(), signal.SIGKILL)).start()
     code = main(request["argv"])

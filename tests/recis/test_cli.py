@@ -175,8 +175,8 @@ def test_stopped_by_the_user(data, tmp_path, monkeypatch):
         if step == 5:
             raise KeyboardInterrupt
 
-    advance = Trainer._advance
-    monkeypatch.setattr(Trainer, "_advance", stop)
+    advance = Trainer.advance
+    monkeypatch.setattr(Trainer, "advance", stop)
     done = recis("train", "click_recipe:clicks", "--data", data, "--out", tmp_path / "run")
     assert done.code == 1
     assert done.err.endswith("stopped by the user; the last checkpoint is whole, go on with --resume\n")

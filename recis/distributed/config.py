@@ -1,0 +1,46 @@
+"""How a run is spread over processes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recis.errors import ConfigError
+
+RowsDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """One run over the W processes that torchrun starts; a process alone is W = 1.
+
+    A step's samples are cut into `parts` by lane, each computed for itself, and all sums over parts are added in ascending
+    part. In deterministic mode a run therefore gives equal bytes at every W that divides `parts`.
+    """
+
+    parts: int | None = None
+    """Parts of a step; a multiple of W. None: W of them, and a process alone trains as if this config were not there."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for the others in one exchange before it gives up and says for whom it waited."""
+    rows_dtype: RowsDtype = "float32"
+    """Type in which rows and their gradients travel; sums and updates stay float32. bfloat16 rows always travel as such."""
+
+    def __post_init__(self) -> None:
+        if self.parts is not None and self.parts < 1:
+            raise ConfigError(f"Parallel: parts must be at least 1 or None; got {self.parts}")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"Parallel: timeout_s must be above 0; got {self.timeout_s}")
+        if self.rows_dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"Parallel: rows_dtype must be float32, bfloat16 or float16; got {self.rows_dtype!r}")
+
+    def parts_over(self, world_size: int) -> int:
+        """Return the parts of a step over W processes.
+
+        Raises:
+            ConfigError: W does not divide them.
+        """
+        parts = world_size if self.parts is None else self.parts
+        if parts % world_size:
+            raise ConfigError(
+                f"parallel.parts={parts} must be a multiple of the {world_size} processes; use a --nproc-per-node that "
+                f"divides it, or parallel.parts={-(-parts // world_size) * world_size}"
+            )
+        return parts

@@ -1,0 +1,212 @@
+"""One run over several ranks: what a step, an evaluation and a checkpoint do together that one process does alone.
+
+    total weight (all ranks) -> per micro-batch: forward, backward -> losses, dense gradients (all ranks) -> clip -> updates
+
+Each micro-batch belongs to a part of the step (see recis.io.feed.Split). Its random numbers come from (seed, step, part,
+micro-batch) and not from a generator that runs on, and every sum over parts is added in ascending part: a run does not
+depend on how many ranks the parts are dealt to.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recis.distributed.batches import part_bounds, samples_of
+from recis.distributed.dense import OrderedGradients, share_buffers, share_parameters, wrap_in_ddp
+from recis.distributed.ranks import Ranks
+from recis.distributed.tables import share_tables
+from recis.io.batch import Batch, RawBatch
+from recis.optim import clip_grad_norm
+from recis.trainer.build import nonfinite_features
+from recis.trainer.data import FromStart
+from recis.trainer.metric_set import MetricSet
+from recis.trainer.randomness import seed_everything
+from recis.trainer.scoring import as_float, forward, scores_of
+from recis_kernels.philox import hash64
+
+if TYPE_CHECKING:
+    from recis.trainer.trainer import StepOutput, Trainer
+
+
+class ParallelRun:
+    """The collective side of a Trainer.
+
+    Args:
+        trainer: its model is built and untrained; the tables become shared here.
+        ranks: the job.
+        parts: of each step, a multiple of the ranks.
+    """
+
+    def __init__(self, trainer: "Trainer", ranks: Ranks, parts: int) -> None:
+        self._trainer, self.ranks, self.parts = trainer, ranks, parts
+        self._own_parts = range(ranks.rank, parts, ranks.world_size)
+        config = trainer.config
+        for table_set in trainer.table_sets:
+            share_tables(table_set, ranks, rows_dtype=getattr(torch, config.parallel.rows_dtype))
+        share_parameters(trainer.model, ranks)
+        trainable = any(value.requires_grad for value in trainer.model.parameters())
+        self._ddp: Any = None
+        if not config.deterministic and ranks.world_size > 1 and trainable:
+            self._ddp = wrap_in_ddp(trainer.forward, ranks)
+        self._gradients = OrderedGradients(list(trainer.dense_parameters.values()), ranks)
+
+    # ---- a step
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> "StepOutput":
+        """Make one update over the micro-batches of all ranks, which have equally many."""
+        from recis.trainer.trainer import StepOutput
+
+        trainer, ranks = self._trainer, self.ranks
+        config, step = trainer.config, trainer.state.step + 1
+        ranks.step = step
+        trainer.model.train()
+        total_weight, num_samples = self._totals(micro_batches)
+        trainer.dense_optimizer.zero_grad()
+        losses, outputs = [], []
+        for number, batch in enumerate(micro_batches):
+            seed_everything(self._seed(step, number))
+            output = self._forward(batch, is_last=number == len(micro_batches) - 1)
+            loss = trainer.loss(output, batch) / total_weight
+            losses.append(loss.detach().double().cpu())
+            self._backward(loss, is_last=number == len(micro_batches) - 1)
+            outputs.append(output)
+            trainer.metrics.update(config.score(output), batch)
+        mean_loss = self._finish_backward(torch.stack(losses), micro_batches, step)
+        if config.clip_grad_norm is not None:
+            clip_grad_norm(trainer.dense_parameters.values(), trainer.collections, config.clip_grad_norm)
+        trainer.dense_optimizer.step()
+        trainer.sparse_optimizer.step()
+        trainer.schedule.step()
+        for collection in trainer.collections:  # counters, then eviction
+            collection.end_step(step)
+        trainer.advance(step, mean_loss, num_samples)
+        return StepOutput(mean_loss, outputs)
+
+    def _totals(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, int]:
+        """Return the weight of the global batch, float32, and its samples."""
+        own = [[batch.weights.double().sum(), torch.tensor(float(batch.num_samples))] for batch in micro_batches]
+        own = torch.stack([torch.stack([weight.cpu(), samples.double()]) for weight, samples in own])
+        every = _in_order(self.ranks.all_gather(own, "weight of the batch"))
+        weight, samples = _fold(every).tolist()
+        return torch.tensor(weight if weight > 0 else 1.0, dtype=torch.float32), int(samples)
+
+    def _seed(self, step: int, number: int) -> int:
+        own = len(self._own_parts)
+        part, micro_batch = self._own_parts[number % own], number // own
+        place = torch.tensor([self._trainer.config.seed, step, part, micro_batch])
+        mixed = torch.zeros((), dtype=torch.int64)
+        for value in place:
+            mixed = hash64(mixed ^ value)
+        return int(mixed) & (2**63 - 1)
+
+    def _forward(self, batch: Batch, *, is_last: bool) -> Any:
+        trainer = self._trainer
+        run = trainer.forward
+        if self._ddp is not None:
+            run = self._ddp
+            self._ddp.require_backward_grad_sync = is_last
+        with trainer.autocast(batch.weights.device.type):
+            return as_float(run(batch))
+
+    def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        loss.backward()  # row gradients collect per table
+        if self._ddp is None:
+            self._gradients.take()
+
+    def _finish_backward(self, losses: Tensor, micro_batches: Sequence[Batch], step: int) -> Tensor:
+        """Sum losses and dense gradients over all ranks; nothing was updated yet if a loss is not finite."""
+        count = losses.numel()
+        own = torch.cat([losses, self._gradients.reached.double()])
+        every = self.ranks.all_gather(own, "losses")
+        mean_loss = _fold(_in_order(every[:, :count])).float()
+        if not bool(torch.isfinite(mean_loss)):
+            self._stop_nonfinite(mean_loss, micro_batches, step)
+        if self._ddp is None:
+            self._gradients.sum_up(every[:, count:].amax(0) > 0)
+        return mean_loss
+
+    def _stop_nonfinite(self, loss: Tensor, micro_batches: Sequence[Batch], step: int) -> None:
+        found = [nonfinite_features(self._trainer.collections, batch) for batch in micro_batches]
+        own = [f"{name} (rank {self.ranks.rank})" for names in found for name in names]
+        every = [name for names in self.ranks.gather_objects(own, "what is not finite") for name in names]
+        self._trainer.stop_nonfinite(float(loss), list(dict.fromkeys(every)), step)
+
+    # ---- values of all ranks
+
+    def metric_values(self, metrics: MetricSet) -> dict[str, float]:
+        """Return the training metrics over the samples of all ranks."""
+        return metrics.merged(self.ranks.gather_objects(metrics.state_dict(), "training metrics")).compute()
+
+    def table_counters(self, tables: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        """Return the counters of each table over all owners; capacities add up too."""
+        own = {name: table.counters().to_dict() for name, table in tables.items()}
+        every = self.ranks.gather_objects(own, "counters of the tables")
+        return {
+            name: {key: sum(counters[name][key] for counters in every) for key in counted}
+            for name, counted in own.items()
+        }
+
+    def agree_to_stop(self) -> None:
+        """Let a hook that stops one rank stop all of them, at the same step."""
+        state = self._trainer.state
+        reasons = self.ranks.gather_objects(state.stop_reason, "whether to stop")
+        state.stop_reason = next((reason for reason in reasons if reason is not None), None)
+
+    # ---- evaluation
+
+    def outputs(
+        self, source: FromStart, *, with_loss: bool
+    ) -> Iterator[tuple[RawBatch | Batch, Batch, Tensor, Tensor]]:
+        """Yield each batch of data, read by all ranks, with the scores [B, T] and the summed loss of all its parts."""
+        trainer = self._trainer
+        share_buffers(trainer.model, self.ranks)
+        trainer.model.eval()
+        with torch.no_grad():
+            try:
+                for raw, batch in source.batches():
+                    yield raw, batch, *self._scored(batch, with_loss=with_loss)
+            finally:
+                trainer.note_bad_rows(source.bad_rows)
+
+    def _scored(self, batch: Batch, *, with_loss: bool) -> tuple[Tensor, Tensor]:
+        trainer = self._trainer
+        bounds = part_bounds(batch.num_samples, self.parts)
+        losses, scores = [], []
+        for part in self._own_parts:
+            samples = samples_of(batch, bounds[part], bounds[part + 1])
+            output = forward(trainer, samples)
+            scores.append(scores_of(trainer, output))
+            loss = trainer.loss(output, samples).double().cpu() if with_loss else torch.zeros(()).double()
+            losses.append(loss)
+        most = max(stop - start for start, stop in pairwise(bounds))
+        padded = scores[0].new_zeros((len(scores), most, scores[0].shape[1]))
+        for number, values in enumerate(scores):
+            padded[number, : values.shape[0]] = values
+        every = _in_order(self.ranks.all_gather(padded, "scores"))
+        whole = [every[part, : bounds[part + 1] - bounds[part]] for part in range(self.parts)]
+        loss = _fold(_in_order(self.ranks.all_gather(torch.stack(losses), "losses of the evaluation")))
+        return torch.cat(whole), loss
+
+    def share_buffers(self) -> None:
+        """Give all ranks rank 0's buffers."""
+        share_buffers(self._trainer.model, self.ranks)
+
+    def close(self) -> None:
+        """Let go of what holds on to the process group."""
+        self._ddp = None
+
+
+def _in_order(gathered: Tensor) -> Tensor:
+    """Return [W, k, ...] as [k W, ...]: micro-batch after micro-batch, in each one ascending rank, that is part."""
+    return gathered.transpose(0, 1).flatten(0, 1)
+
+
+def _fold(values: Tensor) -> Tensor:
+    """Return the sum over the first dimension, added from first to last."""
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    return total

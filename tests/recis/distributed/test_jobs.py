@@ -1,0 +1,234 @@
+"""Jobs of 1 to 8 gloo processes: equal bytes at any world size and across resumes, clean ends, and what faults leave."""
+
+import json
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import kill_recipe
+import pytest
+from fleet import Fleet, RankDone
+from job_recipe import MAX_STEPS, SAMPLES
+from merged import differences, merged, newest
+
+from recis.checkpoint import list_checkpoints, verify
+from recis.trainer.log import read_log
+
+RECIPE = "job_recipe:recipe"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    made = Fleet(tmp_path_factory.mktemp("fleet"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return kill_recipe.write_data(tmp_path_factory.mktemp("clicks") / "data", num_samples=SAMPLES)
+
+
+def train(data: Path, out: Path, *settings: str, resume: bool = False) -> list[str]:
+    """Return the arguments of the command."""
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    return ["train", RECIPE, "--data", str(data), "--out", str(out), *chosen, *(["--resume"] if resume else [])]
+
+
+def ended_well(done: list[RankDone]) -> None:
+    """Assert exit code 0 of every rank, and that none of them said anything of its end but rank 0's lines."""
+    for rank in done:
+        assert rank.code == 0, rank.err
+        assert "terminate called" not in rank.err
+        assert "Traceback" not in rank.err
+    for rank in done[1:]:
+        assert (rank.out, rank.err) == ("", "")
+
+
+def losses(run: Path) -> list[float]:
+    """Return the losses that a run has logged, step by step."""
+    return [line["loss"] for line in read_log(run / "metrics.jsonl") if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def straight(fleet, data, tmp_path_factory) -> dict[str, Any]:
+    """Return the end of the run by one process."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    ended_well(fleet.run(1, train(data, run)))
+    return {"run": run, "end": merged(newest(run)), "losses": losses(run)}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_equal_bytes_at_any_world_size(fleet, data, straight, tmp_path, world_size):
+    run = tmp_path / "run"
+    ended_well(fleet.run(world_size, train(data, run)))
+    assert differences(straight["end"], merged(newest(run))) == []
+    assert losses(run) == straight["losses"]
+    assert len(losses(run)) == MAX_STEPS
+    ours, theirs = (read_log(folder / "metrics.jsonl") for folder in (run, straight["run"]))
+    for mine, other in zip(ours, theirs, strict=True):
+        for line in (mine, other):
+            line.pop("samples_per_s", None)
+            for counters in line.get("tables", {}).values():
+                counters.pop("capacity")  # rows allocated: each owner has blocks of its own
+        assert mine == other
+    predictions = Path("predictions") / "eval.parquet"
+    assert (run / predictions).read_bytes() == (straight["run"] / predictions).read_bytes()
+    assert verify(run) == []
+    assert len(list(newest(run).glob("table-user-*"))) == world_size  # every rank wrote its own
+
+
+def test_a_run_moves_between_world_sizes(fleet, data, straight, tmp_path):
+    """1 -> 8 -> 3 -> 2 ranks, killed on the way each time, with deltas: the end is that of the straight run."""
+    run, plan = tmp_path / "run", tmp_path / "plan.json"
+    settings = ("deltas=1", f"faults={plan}")
+    for world_size, step in ((1, 2), (8, 4), (3, 5)):
+        plan.write_text(json.dumps({"step": step, "rank": world_size - 1, "kind": "kill"}))
+        done = fleet.run(world_size, train(data, run, *settings, resume=step > 2))
+        assert all(rank.code for rank in done), [rank.err for rank in done]
+    ended_well(fleet.run(2, train(data, run, resume=True)))
+    assert differences(straight["end"], merged(newest(run))) == []
+    assert losses(run) == straight["losses"]
+    assert verify(run) == []
+
+
+def test_without_parts_the_same_run_to_rounding(fleet, data, straight, tmp_path):
+    """parts = W and DDP's own order: every sample once, losses near those of the straight run."""
+    run = tmp_path / "run"
+    ended_well(fleet.run(2, train(data, run, "parts=2", "deterministic=false")))
+    end, want = merged(newest(run)), straight["end"]
+    assert end["run.samples"] == want["run.samples"]
+    assert end["reader"] == want["reader"]
+    for name in ("user.ids", "item.ids", "user.count", "item.sightings.counts"):
+        assert end[name].tolist() == want[name].tolist()
+    # dropout differs between the cuts, so losses are of the same size and not equal
+    assert losses(run) == pytest.approx(straight["losses"], rel=0.2)
+
+
+FAULTS = ("kill", "hang", "fail", "lost_in_save", "full_disk", "truncated")
+
+
+def make_fault(fleet: Fleet, data: Path, run: Path, *, kind: str, seed: int) -> list[RankDone]:
+    """Start a run of 2 to 4 ranks in which one rank has a fault at a random step; return how it ended."""
+    choice = random.Random(seed)
+    world_size = choice.choice([2, 3, 4])
+    rank, step = choice.randrange(world_size), choice.randrange(1, MAX_STEPS)
+    if kind in ("lost_in_save", "full_disk"):
+        step = choice.choice([1, 3])  # the save that breaks is that of the next step
+    plan = run.parent / f"{run.name}-plan.json"
+    made = "kill" if kind == "truncated" else kind
+    plan.write_text(json.dumps({"step": step, "rank": rank, "kind": made}))
+    job = fleet.start(world_size, train(data, run, f"faults={plan}", "timeout=5" if kind == "hang" else "timeout=60"))
+    done = job.wait(120)
+    if kind == "truncated" and list_checkpoints(run):
+        parts = sorted(newest(run).glob("*.safetensors"))
+        victim = choice.choice(parts)
+        victim.write_bytes(victim.read_bytes()[: choice.randrange(victim.stat().st_size)])
+    return done
+
+
+def goes_on(fleet: Fleet, data: Path, run: Path, straight: dict[str, Any], *, kind: str, seed: int) -> None:
+    """Make a fault, resume with another number of ranks, and assert the end of the straight run."""
+    done = make_fault(fleet, data, run, kind=kind, seed=seed)
+    assert all(rank.code for rank in done), (kind, [rank.code for rank in done])
+    said = [line for rank in done for line in rank.err.splitlines() if line.startswith("recis: ")]
+    if any(line for line in done[0].err.splitlines() if line.startswith("recis: ")):
+        assert len(said) == 1, said  # one line, rank 0's
+    pattern = {
+        "kill": "no sign of life: killed or lost",
+        "hang": "hung, nothing came within timeout_s=5",
+        "fail": r"a made-up fault",
+        "lost_in_save": "no sign of life: killed or lost",
+        "full_disk": r"rank \d: .*No space left",
+        "truncated": "no sign of life: killed or lost",
+    }[kind]
+    assert said, [rank.err[-800:] for rank in done]
+    assert re.search(pattern, said[0]), (kind, said)
+    whole = list_checkpoints(run)
+    if kind != "truncated":
+        assert not whole or verify(run) == []
+    plan = run.parent / f"{run.name}-plan.json"
+    plan.unlink(missing_ok=True)
+    ended_well(fleet.run(random.Random(seed).choice([1, 2, 3]), train(data, run, resume=True)))
+    assert differences(straight["end"], merged(newest(run))) == []
+    assert losses(run) == straight["losses"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"), [(kind, number) for number, kind in enumerate(FAULTS)] + [("kill", 6), ("fail", 7)]
+)
+def test_a_fault_costs_no_sample(fleet, data, straight, tmp_path, kind, seed):
+    goes_on(fleet, data, tmp_path / "run", straight, kind=kind, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 150))
+def test_chaos(fleet, data, straight, tmp_path, seed):
+    goes_on(fleet, data, tmp_path / "run", straight, kind=random.Random(seed).choice(FAULTS), seed=seed)
+
+
+@pytest.mark.slow
+def test_two_hundred_launches_end_cleanly(fleet, data, tmp_path):
+    for launch in range(200):
+        run = tmp_path / f"run-{launch}"
+        deterministic = "true" if launch % 2 else "false"
+        ended_well(fleet.run(2, train(data, run, "parts=2", f"deterministic={deterministic}", "max_steps=2")))
+        shutil.rmtree(run)
+
+
+def test_a_hook_stops_all_ranks_at_one_step(fleet, data, tmp_path):
+    run, plan = tmp_path / "run", tmp_path / "plan.json"
+    plan.write_text(json.dumps({"step": 3, "rank": 1, "kind": "stop"}))
+    ended_well(fleet.run(2, train(data, run, f"faults={plan}")))
+    assert newest(run).name == "step_000000003"
+
+
+def one_line(done: list[RankDone]) -> str:
+    """Return rank 0's line of a job that was refused: the only one, and all ranks failed."""
+    assert all(rank.code for rank in done), [rank.code for rank in done]
+    lines = [line for rank in done for line in rank.err.splitlines() if line]
+    assert len(lines) == 1, [rank.err for rank in done]
+    assert lines[0].startswith("recis: ")
+    assert done[0].err
+    return lines[0]
+
+
+def test_bad_jobs_are_refused_in_one_line(fleet, data, tmp_path):
+    """One launch each: another setting on a rank, another world size, a rank that does not come, no master, no run."""
+    usual = train(data, tmp_path / "a")
+    other = train(data, tmp_path / "a", "max_steps=5")
+    line = one_line(fleet.run(2, [usual, other]))
+    assert "rank 1 would not run what rank 0 runs: config.max_steps: 6 -> 5" in line
+    assert not (tmp_path / "a").exists()  # nothing of the refused run is left
+
+    quick = [*train(data, tmp_path / "b"), "--join-timeout-s", "2"]
+    line = one_line(fleet.run(2, quick, env=[{}, {"WORLD_SIZE": "3"}]))
+    assert "rank 1 was started with WORLD_SIZE=3, this one with 2" in line
+
+    done = fleet.run(1, quick, env={"WORLD_SIZE": "3"})
+    assert "ranks [1, 2] have not come within 2 s" in one_line(done)
+
+    done = fleet.run(1, quick, env={"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "9"})
+    assert done[0].code == 1
+    assert re.search(r"recis: rank 1 cannot reach the job's master at 127.0.0.1:9 within 2 s: check", done[0].err)
+
+    line = one_line(fleet.run(2, train(data, tmp_path / "c", "parts=3")))
+    assert "parallel.parts=3 must be a multiple of the 2 processes" in line
+
+    line = one_line(fleet.run(2, ["train", "job_recipe:nothing", "--out", tmp_path / "d"]))
+    assert "recipe 'job_recipe:nothing' cannot be imported" in line
+
+
+def test_a_stopped_job_says_so(fleet, data, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"step": 2, "rank": 1, "kind": "hang"}))
+    job = fleet.start(2, train(data, tmp_path / "run", f"faults={plan}", "timeout=60"))
+    from fleet import until
+
+    until(lambda: not plan.exists(), 60)
+    for rank in range(2):
+        job.signal(rank, signal.SIGKILL)
+    assert [rank.code for rank in job.wait()] == [-9, -9]
