@@ -288,7 +288,6 @@ def _tower(prepared: Prepared, stage: Stage, top_layers: int, seed: int) -> Any:
         frozen_layers=prepared.num_layers - top_layers,
         lr_scale=0.1,
         bf16=has_fast_bfloat16(),
-        micro_batch_tokens=8192,
         seed=seed,
     )
     states = prepared.folder / f"states-{top_layers}"

@@ -193,7 +193,7 @@ class CutTower(TextTower):
                 value=int(ids[row]),
                 option='missing="zeros" counts them',
             )
-        has = self.has_text(torch.where(found, self.file.lengths(texts), 0))
+        has = self._counted(found & (self.file.lengths(texts) > len(self._empty)))
         return self.project(self.pooled(texts)) * has[:, None]
 
     def pooled(self, texts: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ nothing in the backbone trains, run without gradient. Weights stay float32; bf16
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class TextTower(nn.Module):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trains_backbone = any(value.requires_grad for value in self.model.parameters())
         self._frozen: FrozenState | None = None
-        self.num_missing, self._num_special = 0, len(self.tokenizer("")["input_ids"])
+        self.num_missing, self._empty = 0, list(self.tokenizer("")["input_ids"])
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def _check_length(self) -> None:
@@ -165,10 +166,13 @@ class TextTower(nn.Module):
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def tokenizer_hash(self) -> str:
-        """Return 64 hex digits that change with the tokenizer."""
-        fast = self.tokenizer.is_fast
-        text = self.tokenizer.backend_tokenizer.to_str() if fast else str(self.tokenizer.get_vocab())
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Return 64 hex digits that change with the tokenizer, whatever it was last called with."""
+        if not self.tokenizer.is_fast:
+            return hashlib.sha256(str(self.tokenizer.get_vocab()).encode()).hexdigest()
+        parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # of the last call, or of the file: not what the tower does
+            parts.pop(name, None)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, at most max_tokens; what is cut and what is empty is counted.
@@ -202,13 +206,23 @@ class TextTower(nn.Module):
                 f"{nearest(self.config.column, batch.extras)}"
             )
         ids = self._token_ids(column)
-        return self.project(self.encode(ids)) * self.has_text(ids.lengths)[:, None]
+        return self.project(self.encode(ids)) * self._counted(self._has_text(ids))[:, None]
 
-    def has_text(self, lengths: Tensor) -> Tensor:
-        """Return bool [B]: which texts have more than the tokenizer's special tokens; the others are missing, and counted."""
-        found = lengths.to(next(self.model.parameters()).device) > self._num_special
-        self.num_missing += len(found) - int(found.sum())
+    def _has_text(self, ids: JaggedTensor) -> Tensor:
+        """Return bool [B]: which bags have a token and are not what the tokenizer makes of an empty text."""
+        empty = torch.tensor(self._empty, device=ids.device)
+        found = ids.lengths > 0
+        same = ids.lengths == len(empty)
+        if len(empty) and bool(same.any()):
+            starts = ids.offsets[:-1][same]
+            tokens = ids.flat_values[starts[:, None] + torch.arange(len(empty), device=ids.device)]
+            found[same] = (tokens != empty).any(1)
         return found
+
+    def _counted(self, found: Tensor) -> Tensor:
+        """Return bool [B] on the model's device, and count where it is False: a missing text gives zeros."""
+        self.num_missing += len(found) - int(found.sum())
+        return found.to(next(self.model.parameters()).device)
 
     def project(self, pooled: Tensor) -> Tensor:
         """Return [B, width] of pooled states [B, H]; reads float16 as it comes from a cache."""

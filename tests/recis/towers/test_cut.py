@@ -1,10 +1,15 @@
 """Kept states of the cut: the tower above them equals the whole tower, in output and gradients, and old states are refused."""
 
 import copy
+import subprocess
+import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recis.cli import main
 from recis.errors import ConfigError, DataError
 from recis.io.batch import Batch
 from recis.jagged import JaggedTensor, KeyedJaggedTensor
@@ -119,3 +124,25 @@ def test_bad_settings(bert_folder):
             cut(bert_folder, "x", frozen_layers=layers)
     with pytest.raises(ConfigError, match="a learned token enters below the cut"):
         cut(bert_folder, "x", pooling=SummaryToken)
+
+
+def test_the_command_keeps_states(bert_folder, tmp_path, capsys):
+    table = pa.table({"id": pa.array(IDS, pa.int64()), "text": TEXTS})
+    pq.write_table(table, tmp_path / "texts.parquet")
+    command = ["towers", "precompute", "--tower", str(bert_folder), "--data", str(tmp_path / "texts.parquet")]
+    assert main([*command, "--out", str(tmp_path / "states"), "--cut", "1"]) == 0
+    assert "4 ids, 3 distinct texts, 3 of them encoded now" in capsys.readouterr().out
+    assert cut(bert_folder, tmp_path / "states").build().file.lengths(torch.arange(3)).sort().values.tolist() == [
+        2,
+        3,
+        5,
+    ]
+    assert main([*command, "--out", str(tmp_path / "none"), "--cut", "3"]) == 2
+    assert "has 2 layers; 3 cannot be frozen" in capsys.readouterr().err
+
+
+def test_the_commands_parser_loads_no_torch():
+    code = (
+        "import sys, recis.cli, recis.towers, recis.towers.cli; assert 'torch' not in sys.modules, 'torch was loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

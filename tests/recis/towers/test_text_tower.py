@@ -63,7 +63,8 @@ def test_a_texts_vector_does_not_depend_on_its_neighbours(request, kind, pooling
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert together.shape == (4, 3)
     blind = kind == "qwen3_folder" and pooling is FirstToken  # a decoder's first token has seen nothing of the text
-    assert len(together.unique(dim=0)) == (1 if blind else 4)
+    assert len(together.unique(dim=0)) == (2 if blind else 4)
+    assert together[1].tolist() == [0.0] * 3  # a missing text is masked, whatever the projection's bias is
     assert tower(strings([])).shape == (0, 3)
     ids = JaggedTensor.from_lists(tower.tokenize(TEXTS))
     torch.testing.assert_close(tower(batch_of(ids)), together)
@@ -74,9 +75,13 @@ def test_bags_without_tokens_pool_to_zeros(bert_folder):
     out = tower(batch_of(JaggedTensor.from_lists([[5, 6], [], [7]])))
     assert out.isfinite().all()
     assert out[1].tolist() == [0.0] * 16
+    assert tower.num_missing == 1  # [7] is a text, if one without special tokens
+    assert out[2].any()
     assert tower(batch_of(JaggedTensor.from_lists([[], []]))).tolist() == [[0.0] * 16] * 2
     summary = config(bert_folder, pooling=SummaryToken, max_tokens=32).build().eval()
-    assert summary(batch_of(JaggedTensor.from_lists([[], []]))).any()
+    assert summary.encode([[], []]).any()  # it still has its own token; as a feature it is masked
+    assert not summary(batch_of(JaggedTensor.from_lists([[], []]))).any()
+    assert summary.num_missing == 2
 
 
 def test_a_text_of_100_000_characters_is_cut_and_counted(bert_folder):
@@ -251,3 +256,12 @@ def test_the_command_writes_what_the_tower_gives(bert_folder, tmp_path):
     done = recis(*argv, "--text-column", "text", "--out", tmp_path / "other")
     assert done.code == 2
     assert "no column 'text'" in done.err
+
+
+def test_the_version_does_not_depend_on_what_was_tokenised_before(bert_folder):
+    tower = config(bert_folder, max_tokens=8).build()
+    before = tower.version()
+    tower.tokenize(["w1 " * 20])  # is cut, which leaves its mark in the library's tokenizer
+    tower.tokenizer(["w1", "w2 w3"], padding=True)
+    assert tower.version() == before
+    assert config(bert_folder, max_tokens=9).build().version() != before
