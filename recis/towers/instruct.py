@@ -242,9 +242,10 @@ def load_decoder(path: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, dtype="float32"
         )
+        model, report = loaded
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BackboneError(f"{folder}: the decoder cannot be loaded: {error}") from error
     if report["missing_keys"] or report["mismatched_keys"]:

@@ -140,8 +140,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
                 "buffer (register_buffer), or in a hook"
             )
     for path, module in model.named_modules():
-        if callable(tell := getattr(module, "frozen_state", None)):
-            frozen = tell()
+        tell: Any = getattr(module, "frozen_state", None)
+        if callable(tell):
+            frozen: Any = tell()
             prefix = f"{path}." if path else ""
             left_out = {prefix + name for name in frozen.names}
             state = {name: value for name, value in state.items() if name not in left_out}
