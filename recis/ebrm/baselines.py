@@ -10,7 +10,7 @@
 The hand rules are strong on the PriceRunner task because its labels come from the same kind of structure.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from recis.ebrm.bm25 import BM25
 from recis.ebrm.entities import Entity, EntitySchema
-from recis.ebrm.pricerunner_labels import Dictionaries, model_forms
-from recis.ebrm.pricerunner_queries import Constraints, parse_query
+from recis.ebrm.pricerunner_labels import model_forms
+from recis.ebrm.pricerunner_queries import Constraints
 from recis.ebrm.pricerunner_text import codes_match, squash
 
 # P(accept) of an entity: its type is not constrained; equal; differs, hard or secondary type; not stated, hard or secondary
@@ -167,7 +167,7 @@ def hand_rule_scores(
     query_texts: Sequence[str],
     entities: Mapping[int, Sequence[Entity]],
     schema: EntitySchema,
-    known: Dictionaries,
+    read: Callable[[str], Constraints],
     query: np.ndarray,
     item: np.ndarray,
 ) -> np.ndarray:
@@ -177,11 +177,11 @@ def hand_rule_scores(
         query_texts: [Q].
         entities: item -> its entities.
         schema: their types.
-        known: dictionaries that queries are read with.
+        read: query -> type -> wanted values, such as `partial(parse_query, known=dictionaries)` or `Mentions.values`.
         query: int [N], position in query_texts.
         item: int [N], key of entities.
     """
-    constraints = [parse_query(text, known) for text in query_texts]
+    constraints = [read(text) for text in query_texts]
     slots = {number: schema.slots(own) for number, own in entities.items()}
     out = np.empty(len(query))
     for row, (q, number) in enumerate(zip(query.tolist(), item.tolist(), strict=True)):

@@ -14,16 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
+from recis.ebrm.composed_queries import ComposeConfig
 from recis.ebrm.config import ebrm_full
 from recis.ebrm.entities import EntitySchema, Item
 from recis.ebrm.evaluate import EvalPairs, tie_of
 from recis.ebrm.files import LabelRow, read_clicks, read_items, read_labels, read_qe
 from recis.ebrm.gold import QueryGold
 from recis.ebrm.labels_from_logs import QERow
-from recis.ebrm.log_rows import Impressions, rows_from_logs
+from recis.ebrm.log_rows import COMPOSED, Impressions, rows_from_logs
 from recis.ebrm.pairs import QIPairs
 from recis.ebrm.pricerunner import NUM_QUERIES, Part, Task, build_eval, build_task
 from recis.ebrm.pricerunner_labels import Dictionaries
@@ -45,6 +47,8 @@ class TrainingSet:
     qe_rows: Sequence[QERow]
     train: QIPairs
     dev: QIPairs
+    texts: Sequence[str] = ()
+    """Per item of train what a text model reads."""
     dictionaries: Dictionaries | None = None
     """Of the PriceRunner task: what its titles and queries are read with; kept with the model."""
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +62,8 @@ class TrainingSet:
         queries = {self.train.queries[place] for place in np.unique(self.train.query).tolist()}
         items = [self.train.items[place] for place in sorted(used)]
         entities = {f"{e.type} : {e.value}" for item in items for e in item.entities}
-        return sorted({*queries, *(item.title for item in items), *entities, *self.schema.names})
+        others = {text for texts in self.schema.spellings().values() for text in texts}
+        return sorted({*queries, *(item.title for item in items), *entities, *others, *self.schema.names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,15 +76,16 @@ class EvalSet:
     """Per item what a text model reads."""
 
 
-def synthetic_set(data: SyntheticData) -> TrainingSet:
-    """Return the train and dev parts of a made-up catalogue."""
+def synthetic_set(data: SyntheticData, *, composed: ComposeConfig | None = COMPOSED) -> TrainingSet:
+    """Return the train and dev parts of a made-up catalogue; `composed` says how many queries stage A has besides."""
     train = synthetic_pairs(data, "train")
     clicks = Impressions(query=data.clicks.query, item=data.clicks.item, clicked=data.clicks.clicked)
     return TrainingSet(
         schema=data.schema,
-        qe_rows=rows_from_logs(train, data.schema, clicks),
+        qe_rows=rows_from_logs(train, data.schema, clicks, composed=composed),
         train=train,
         dev=synthetic_pairs(data, "dev"),
+        texts=tuple(item.title for item in data.items),
         hashes={"synthetic": json.dumps(data.config.generator(), sort_keys=True)},
         dev_gold=synthetic_gold(data),
     )
@@ -114,13 +120,20 @@ def synthetic_eval(data: SyntheticData, part: str) -> EvalSet:
 def offers_set(path: str | Path, *, num_queries: Mapping[str, int] = NUM_QUERIES, seed: int = 0) -> TrainingSet:
     """Return the train and dev parts of the PriceRunner task of a file; raises as `build_task`."""
     task = build_task(path, num_queries={**num_queries, "test": 0})
+    return task_set(task, seed=seed, hashes={Path(path).name: sha256_of(Path(path))})
+
+
+def task_set(task: Task, *, seed: int = 0, hashes: Mapping[str, str] = MappingProxyType({})) -> TrainingSet:
+    """Return the train and dev parts of the PriceRunner task; `seed` is that of the drawn clicks."""
+    train = task.parts["train"]
     return TrainingSet(
         schema=task.schema,
-        qe_rows=stage_a_rows(task, task.parts["train"], seed=seed),
-        train=_task_pairs(task, task.parts["train"]),
+        qe_rows=stage_a_rows(task, train, seed=seed),
+        train=_task_pairs(task, train),
         dev=_task_pairs(task, task.parts["dev"]),
+        texts=_task_texts(task, train),
         dictionaries=task.dictionaries,
-        hashes={Path(path).name: sha256_of(Path(path))},
+        hashes=hashes,
         dev_gold=task_gold(task.parts["dev"]),
     )
 
@@ -138,9 +151,11 @@ def offers_eval(path: str | Path, known: Dictionaries) -> EvalSet:
 
 def task_eval(task: Task, part: Part) -> EvalSet:
     """Return a part of the PriceRunner task with its truth; texts are title and category noun."""
-    pairs = _task_pairs(task, part)
-    places = sorted({int(offer) for offer in part.pairs.offer})
-    return EvalSet(pairs=pairs, truth=task.eval_pairs(part), texts=tuple(map(task.item_text, places)))
+    return EvalSet(pairs=_task_pairs(task, part), truth=task.eval_pairs(part), texts=_task_texts(task, part))
+
+
+def _task_texts(task: Task, part: Part) -> tuple[str, ...]:
+    return tuple(map(task.item_text, np.unique(part.pairs.offer).tolist()))
 
 
 def _task_pairs(task: Task, part: Part) -> QIPairs:

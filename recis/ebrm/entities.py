@@ -205,6 +205,14 @@ class EntitySchema:
             for slot, config in zip(found, self.types, strict=True)
         )
 
+    def spellings(self) -> dict[str, tuple[str, ...]]:
+        """Return entity id -> its other spellings, of every value that synonyms lead to."""
+        found: dict[str, list[str]] = {}
+        for config in self.types:
+            for surface, value in config.synonyms.items():
+                found.setdefault(f"{config.name}:{value}", []).append(surface)
+        return {entity: tuple(sorted(surfaces)) for entity, surfaces in sorted(found.items())}
+
     def count_unknown(self, entities: Iterable[Entity]) -> int:
         """Return how many entities are of undeclared types."""
         return sum(entity.type not in self._positions for entity in entities)

@@ -3,14 +3,19 @@
     mention         the query names e -> 1; it names another value of e's type -> 0                        w = 1
     clicks          per query and type, see `click_rows`                                                   w = min(1, n / 100)
     unconstrained   clicks spread over all values of a type -> all of them 1                               w = 0.5
+    free            the query names no value of the type -> values of its candidates 1                     w = 0.5
     none            the query constrains the type -> share of relevant pairs among items that state no value, w = 1
                     else 1                                                                                 w = 0.5
+
+Without the rows of free types a scorer sees real values almost only where they are refused, and learns that a brand, asked
+for or not, is refused.
 
 No label of a (query, item) pair is used, but for the shares of the last rule, which come from the train part. The rules and
 their thresholds are this project's; that such labels can be had from logs is the idea of arXiv:2307.00370.
 """
 
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +29,7 @@ MIN_RIVAL_SHARE, MIN_IMPRESSIONS, MAX_RATE_RATIO, QUANTILE = 0.50, 20, 0.35, 0.9
 PRIOR_MEAN, PRIOR_STRENGTH = 0.05, 20.0
 MAX_SPREAD_SHARE, MIN_ENTROPY = 0.30, 0.80
 FULL_WEIGHT_IMPRESSIONS, WEAK_WEIGHT = 100, 0.5
+MAX_OTHERS, MAX_FREE = 6, 3  # values per query and type: more teach little and cost a pass of the encoder each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +102,35 @@ def mention_rows(query: str, mentioned: Mapping[str, Iterable[str]], candidates:
         if named.get(kind) and entity not in named[kind] and entity != none_id(kind):
             rows.append(QERow(query=query, entity=entity, y=0.0, src="mention"))
     return rows
+
+
+def free_rows(query: str, mentioned: Iterable[str], candidates: Iterable[str]) -> list[QERow]:
+    """Return weak positives for values of types that a query names nothing of.
+
+    Args:
+        query: text.
+        mentioned: types that the query names a value of.
+        candidates: entity ids, such as those of the query's items; `none` ids are left out, `none_rows` has them.
+    """
+    named = set(mentioned)
+    free = [e for e in dict.fromkeys(candidates) if type_of(e) not in named and e != none_id(type_of(e))]
+    return [QERow(query=query, entity=entity, y=1.0, w=WEAK_WEIGHT, src="mention") for entity in free]
+
+
+def thinned(candidates: Iterable[str], mentioned: Mapping[str, Iterable[str]], rng: random.Random) -> list[str]:
+    """Return named candidates, and of each type at most MAX_OTHERS others, MAX_FREE where the query names none; any order."""
+    named = {entity for ids in mentioned.values() for entity in ids}
+    others: dict[str, list[str]] = {}
+    kept = []
+    for entity in dict.fromkeys(candidates):
+        if entity in named:
+            kept.append(entity)
+        else:
+            others.setdefault(type_of(entity), []).append(entity)
+    for kind, ids in others.items():
+        count = MAX_OTHERS if mentioned.get(kind) else MAX_FREE
+        kept += ids if len(ids) <= count else rng.sample(ids, count)
+    return kept
 
 
 def click_rows(query: str, values: Sequence[EntityClicks]) -> list[QERow]:

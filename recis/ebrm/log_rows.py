@@ -1,11 +1,13 @@
 """Stage A rows of any catalogue: what queries name, what was clicked, and which items state nothing.
 
     a query names a value when one of the value's spellings, or a number of its unit, stands in it; the longest phrase wins
+    a word of 5 letters or more that nothing knows counts as the one known word that is a single slip away
 
 The rules of labelling are those of `labels_from_logs`; this file counts what they need. The PriceRunner task has its own
 reader of queries, `pricerunner_qe`.
 """
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +15,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from recis.ebrm.canonical import canonical_text, find_quantities
-from recis.ebrm.entities import EntitySchema, Item, type_of
-from recis.ebrm.labels_from_logs import EntityClicks, QERow, click_rows, mention_rows, none_rows, none_shares
+from recis.ebrm.composed_queries import ComposeConfig, compose_queries
+from recis.ebrm.entities import EntitySchema, Item, type_of, value_of
+from recis.ebrm.labels_from_logs import (
+    EntityClicks,
+    QERow,
+    click_rows,
+    free_rows,
+    mention_rows,
+    none_rows,
+    none_shares,
+    thinned,
+)
 from recis.ebrm.pairs import QIPairs
+from recis.ebrm.slips import Slips
 from recis.errors import DataError
+
+COMPOSED = ComposeConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +58,7 @@ class Impressions:
 class Mentions:
     """Reads from a query which values it names: all values of some items, in every spelling that the schema knows."""
 
-    def __init__(self, schema: EntitySchema, items: Iterable[Item]) -> None:
-        self._schema = schema
+    def __init__(self, schema: EntitySchema, items: Sequence[Item]) -> None:
         self._units = {unit: kind.name for kind in schema.types for unit in kind.units}
         phrases: defaultdict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
         known = {entity.id: entity for item in items for entity in item.entities if not entity.is_none}
@@ -55,11 +69,13 @@ class Mentions:
                 phrases[tuple(surface.split())][f"{kind.name}:{value}"] = None
         self._phrases = {words: tuple(ids) for words, ids in phrases.items() if words}
         self._longest = max(map(len, self._phrases), default=0)
+        plain = {word for item in items for word in canonical_text(item.title).split()}
+        self._slips = Slips((word for words in self._phrases for word in words), known=plain)
 
     def read(self, query: str) -> dict[str, tuple[str, ...]]:
         """Return type -> entity ids that a query names, in the order of the query."""
         text = canonical_text(query)
-        words = text.split()
+        words = [self._slips.corrected(word) for word in text.split()]
         found: defaultdict[str, dict[str, None]] = defaultdict(dict)
         at = 0
         while at < len(words):
@@ -72,6 +88,10 @@ class Mentions:
                 kind = self._units[quantity.unit]
                 found[kind][f"{kind}:{quantity.text()}"] = None
         return {kind: tuple(ids) for kind, ids in found.items()}
+
+    def values(self, query: str) -> dict[str, tuple[str, ...]]:
+        """Return type -> canonical values that a query names."""
+        return {kind: tuple(map(value_of, ids)) for kind, ids in self.read(query).items()}
 
     def _longest_at(self, words: Sequence[str], at: int) -> tuple[int, tuple[str, ...]]:
         for length in range(min(self._longest, len(words) - at), 0, -1):
@@ -86,16 +106,18 @@ def rows_from_logs(
     schema: EntitySchema,
     impressions: Impressions | None = None,
     *,
+    composed: ComposeConfig | None = COMPOSED,
     category_type: str = "category",
     keep_free_negatives: bool = False,
 ) -> list[QERow]:
-    """Return stage A's rows: mentions, clicks and `none`.
+    """Return stage A's rows: mentions, free types, clicks and `none`; the same arguments give the same rows.
 
     Args:
-        pairs: of the train part; items of a query's pairs are where its negatives come from. Labels enter through the shares
-            of `none` alone.
+        pairs: of the train part; items of a query's pairs are where its other values come from. Labels enter through the
+            shares of `none` alone.
         schema: of the entities.
         impressions: of the train part's queries; without them there are no click rows.
+        composed: queries to compose from the pairs' items besides; None for none.
         category_type: clicks of queries that name one value of it are compared with all clicks of such queries.
         keep_free_negatives: keep negatives from clicks of types that the query names no value of. Where few items answer a
             query, their other properties look refused though nobody asked for them: see `pricerunner_qe.stage_a_rows`.
@@ -109,15 +131,40 @@ def rows_from_logs(
         for query, item, label in zip(pairs.query.tolist(), pairs.item.tolist(), pairs.label.tolist(), strict=True)
     )
     rows: list[QERow] = []
+    rng = random.Random("recis.ebrm.log_rows")
     for place, own in pairs.by_query():
-        query = pairs.queries[place]
         candidates = dict.fromkeys(entity for item in pairs.item[own].tolist() for entity in ids[item])
-        rows += mention_rows(query, named[place], candidates)
-        rows += none_rows(query, named[place], schema.names, shares)
+        rows += text_rows(pairs.queries[place], named[place], candidates, schema, shares, rng)
+    used = [pairs.items[place] for place in np.unique(pairs.item).tolist()]
+    for query in compose_queries(used, schema, composed, category_type=category_type) if composed else ():
+        rows += text_rows(query.text, query.named, query.candidates, schema, shares, rng)
     if impressions is not None:
         clicks = _click_rows(pairs, impressions, ids, named, category_type)
         rows += [row for row, place in clicks if row.y or keep_free_negatives or type_of(row.entity) in named[place]]
     return rows
+
+
+def text_rows(
+    query: str,
+    named: Mapping[str, Sequence[str]],
+    candidates: Iterable[str],
+    schema: EntitySchema,
+    shares: Mapping[str, float],
+    rng: random.Random,
+) -> list[QERow]:
+    """Return the rows that a query's text alone gives: what it names, what that rules out, free types, and `none`.
+
+    Args:
+        query: text.
+        named: type -> entity ids.
+        candidates: entity ids of the query's items; of each type a few are drawn.
+        schema: of the types.
+        shares: see `none_rows`.
+        rng: draws the candidates.
+    """
+    drawn = thinned(candidates, named, rng)
+    free = free_rows(query, named, drawn)
+    return mention_rows(query, named, drawn) + free + none_rows(query, named, schema.names, shares)
 
 
 def _click_rows(

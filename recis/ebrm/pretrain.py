@@ -20,15 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recis.ebrm.canonical import canonical_text
-from recis.ebrm.descent import Descent, StepConfig
+from recis.ebrm.descent import Descent, StepConfig, autocast
 from recis.ebrm.entities import type_of
 from recis.ebrm.fallback import TypePriors
 from recis.ebrm.labels_from_logs import QERow
 from recis.ebrm.model import EBRM
+from recis.ebrm.resume import Progress, restore, state_of
 from recis.ebrm.scorer import Pair
 from recis.errors import DataError
 from recis.trainer.randomness import deterministic_torch
 
+STAGE = "pretrain"
 CHUNK_BATCHES = 16  # pairs of like length are put together within so many batches
 OnEpoch = Callable[[int, float], None]
 """Called with the epoch from 1 and its mean loss."""
@@ -95,10 +97,18 @@ def type_priors(table: QETable) -> TypePriors:
     return TypePriors({name: math.log(p / (1 - p)) for name, p in smooth.items()})
 
 
-def pretrain(model: EBRM, rows: Iterable[QERow], config: StepConfig, *, on_epoch: OnEpoch | None = None) -> list[float]:
+def pretrain(
+    model: EBRM,
+    rows: Iterable[QERow],
+    config: StepConfig,
+    *,
+    on_epoch: OnEpoch | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
     """Train the model's scorer and comparators in place, set its fallback to the types' priors; return a loss per epoch.
 
-    The same rows, weights and config give the same weights. The model is in evaluation mode afterwards.
+    The same rows, weights and config give the same weights. The model is in evaluation mode afterwards. `progress` keeps
+    where it stands, and goes on from there.
 
     Raises:
         DataError: no rows, or an empty query.
@@ -108,7 +118,8 @@ def pretrain(model: EBRM, rows: Iterable[QERow], config: StepConfig, *, on_epoch
     table = merge_rows(rows)
     for _, entity in table.pairs:
         model.config.schema.position(type_of(entity))
-    losses = fit(model, model.qe_logits, table, config, small=[model.comparators.parameters()], on_epoch=on_epoch)
+    small = [model.comparators.parameters()]
+    losses = fit(model, model.qe_logits, table, config, small=small, on_epoch=on_epoch, progress=progress)
     model.fallback = type_priors(table)
     return losses
 
@@ -121,6 +132,7 @@ def fit(
     *,
     small: Sequence[Iterable[nn.Parameter]] = (),
     on_epoch: OnEpoch | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Fit `score`, which gives logits from the module's weights, to a table; return the mean loss of each epoch.
 
@@ -131,6 +143,7 @@ def fit(
         config: of the steps.
         small: groups with a clip of their own and config.small_lr.
         on_epoch: told of each epoch.
+        progress: where the stage "pretrain" is kept and goes on from; None keeps nothing.
 
     Raises:
         DataError: the table is empty.
@@ -142,20 +155,36 @@ def fit(
     apart = {id(parameter) for group in groups for parameter in group}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in apart and parameter.requires_grad]
     rng = random.Random(config.seed)
-    num_steps = config.epochs * math.ceil(len(table) / config.batch_pairs)
-    descent = Descent(rest, groups, config, num_steps)
-    losses = []
+    steps_per_epoch = math.ceil(len(table) / config.batch_pairs)
+    descent = Descent(rest, groups, config, config.epochs * steps_per_epoch)
+    losses: list[float] = []
+    total, step = 0.0, 0
+    device = next(module.parameters()).device
+    progress = progress or Progress()
     module.train()
-    with seeded(config.seed, next(module.parameters()).device):
-        for epoch in range(config.epochs):
-            total = 0.0
+    with seeded(config.seed, device):
+        kept = progress.load(STAGE)
+        done = 0
+        if kept is not None:
+            done = restore(kept, module, descent)
+            losses, total = kept["losses"], kept["total"]
+        for epoch in range(1, config.epochs + 1):
             for rows in batches(table, config.batch_pairs, rng):
+                step += 1
+                if step <= done:
+                    continue
                 pairs, y, w = table.at(rows)
-                logits = score(pairs)
+                with autocast(device, config.precision):
+                    logits = score(pairs)
                 total += len(rows) * descent.step(qe_loss(logits, y.to(logits.device), w.to(logits.device)))
-            losses.append(total / len(table))
-            if on_epoch is not None:
-                on_epoch(epoch + 1, losses[-1])
+                if progress.is_due() and step % steps_per_epoch:
+                    progress.save(STAGE, state_of(module, descent, step) | {"losses": losses, "total": total})
+            if step > done:
+                losses.append(total / len(table))
+                total = 0.0
+                progress.save(STAGE, state_of(module, descent, step) | {"losses": losses, "total": total})
+                if on_epoch is not None:
+                    on_epoch(epoch, losses[-1])
     module.eval()
     return losses
 

@@ -4,6 +4,7 @@ Gold comes from the constraints that a query was drawn with; it is never a train
 the dictionaries of the train part, and clicks that the click model draws over the grades of the train part.
 """
 
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy as np
 
 from recis.ebrm.click_model import draw_sessions
 from recis.ebrm.entities import Entity, type_of
-from recis.ebrm.labels_from_logs import EntityClicks, QERow, click_rows, mention_rows, none_rows, none_shares
+from recis.ebrm.labels_from_logs import EntityClicks, QERow, click_rows, none_shares
+from recis.ebrm.log_rows import text_rows
 from recis.ebrm.pricerunner import Part, Task
 from recis.ebrm.pricerunner_labels import model_forms
 from recis.ebrm.pricerunner_queries import Constraints, parse_query
@@ -83,22 +85,23 @@ def stage_a_rows(
         )
     )
     rows: list[QERow] = []
+    rng = random.Random(f"recis.ebrm.pricerunner:{seed}")
     for number, query in enumerate(part.queries):
         entities = {e.id: e for offer in candidates.get(number, ()) for e in task.entities(offer)}
-        rows += _mentions(query.text, read[number], list(entities.values()))
-        rows += none_rows(query.text, read[number], task.schema.names, shares)
+        wanted = _named(read[number], list(entities.values()))
+        rows += text_rows(query.text, wanted, entities, task.schema, shares, rng)
     named = {query.text: read[number].keys() for number, query in enumerate(part.queries)}
     clicks = _click_rows(task, part, sessions_per_query, seed)
     return rows + [row for row in clicks if row.y or keep_free_negatives or type_of(row.entity) in named[row.query]]
 
 
-def _mentions(text: str, constraints: Constraints, entities: Sequence[Entity]) -> list[QERow]:
-    """Return positives and hard negatives; a named model is positive in every spelling that the candidates have."""
+def _named(constraints: Constraints, entities: Sequence[Entity]) -> dict[str, list[str]]:
+    """Return type -> ids of what a query names; a model in every spelling that the candidates have."""
     named: dict[str, list[str]] = {}
     for kind, values in constraints.items():
         same = [entity.id for entity in entities if entity.type == kind and accepts({kind: values}, entity)]
         named[kind] = same or [f"{kind}:{value}" for value in values]
-    return mention_rows(text, named, [entity.id for entity in entities])
+    return named
 
 
 def _click_rows(task: Task, part: Part, sessions_per_query: int, seed: int) -> Iterator[QERow]:

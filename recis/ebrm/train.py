@@ -11,20 +11,24 @@ The loop is this file's own, not recis.trainer's: see recis.ebrm.pretrain.
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recis.ebrm.descent import Descent, StepConfig
+from recis.ebrm.descent import Descent, StepConfig, autocast
 from recis.ebrm.evaluate import roc_auc
 from recis.ebrm.labels_from_logs import QERow
 from recis.ebrm.model import EBRM
 from recis.ebrm.pairs import QIPairs, score_pairs
 from recis.ebrm.pretrain import QETable, batches, merge_rows, qe_loss, seeded
+from recis.ebrm.resume import Progress, restore, state_of
 from recis.ebrm.soft_logic import relevance_loss
 from recis.errors import ConfigError, DataError
+
+STAGE = "train"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +99,12 @@ def train(
     config: QIConfig,
     *,
     on_measure: Callable[[Measure], None] | None = None,
+    progress: Progress | None = None,
 ) -> History:
     """Train a model in place; the weights of the best measure stay (the first of equals), and the calibrator is fitted.
 
     The same pairs, rows, weights and config give the same weights. The model is in evaluation mode afterwards.
+    At the precision bf16 dev is scored with it too; the model that stays scores in fp32.
 
     Args:
         model: pretrained or not.
@@ -107,6 +113,7 @@ def train(
         qe_rows: stage A's; none leaves the second term out.
         config: settings.
         on_measure: told of each measure.
+        progress: where the stage "train" is kept and goes on from; None keeps nothing.
 
     Raises:
         DataError: no pairs, or a dev part without both labels.
@@ -122,51 +129,91 @@ def train(
             raise DataError(
                 f"dev needs relevant and irrelevant pairs; got {int(part.label.sum())} relevant of {len(part)}"
             )
-    with seeded(config.seed, model.pool.relaxation.device):
-        history, kept = _run(model, pairs, shown, merge_rows(qe_rows), config, on_measure)
+    device = model.pool.relaxation.device
+    run = _Run(model, pairs, shown, merge_rows(qe_rows), config, on_measure, progress or Progress())
+    with seeded(config.seed, device):
+        kept = run.to_the_end()
     model.load_state_dict(kept)
+    if config.precision != "fp32":
+        model.cache.clear(model.version)  # dev was scored in bf16 with these very weights
     log_r, _ = score_pairs(model, dev)
     model.fit_calibrator(log_r, dev.label)
-    return history
+    return History(measures=tuple(run.measures), best=max(run.measures, key=lambda measure: measure.dev_roc_auc))
 
 
-def _run(
-    model: EBRM,
-    pairs: QIPairs,
-    dev: QIPairs,
-    table: QETable,
-    config: QIConfig,
-    on_measure: Callable[[Measure], None] | None,
-) -> tuple[History, dict[str, Tensor]]:
-    """Run all steps; return the measures and the weights of the best one."""
-    rng = random.Random(config.seed)
-    epochs = [list(query_batches(pairs, config.batch_pairs, rng)) for _ in range(config.epochs)]
-    steps = [rows for epoch in epochs for rows in epoch]
-    small = [model.comparators.parameters(), [model.pool.relaxation]]
-    descent = Descent(model.scorer.parameters(), small, config, len(steps))
-    rows_of_a = _forever(table, config.qe_batch_pairs, rng)
-    measures: list[Measure] = []
-    losses: list[float] = []
-    best: Measure | None = None
-    kept: dict[str, Tensor] = {}
-    for step, rows in enumerate(steps, 1):
+class _Run:
+    """All steps of a stage, and what is known after each: measures, losses since the last one, the best weights."""
+
+    def __init__(
+        self,
+        model: EBRM,
+        pairs: QIPairs,
+        dev: QIPairs,
+        table: QETable,
+        config: QIConfig,
+        on_measure: Callable[[Measure], None] | None,
+        progress: Progress,
+    ) -> None:
+        self.model, self.pairs, self.dev, self.table, self.config = model, pairs, dev, table, config
+        self.on_measure, self.progress = on_measure, progress
+        rng = random.Random(config.seed)
+        epochs = [list(query_batches(pairs, config.batch_pairs, rng)) for _ in range(config.epochs)]
+        self.steps = [rows for epoch in epochs for rows in epoch]
+        self.rows_of_a = _forever(table, config.qe_batch_pairs, rng)
+        small = [model.comparators.parameters(), [model.pool.relaxation]]
+        self.descent = Descent(model.scorer.parameters(), small, config, len(self.steps))
+        self.measures: list[Measure] = []
+        self.losses: list[float] = []
+        self.kept: dict[str, Tensor] = {}
+
+    def to_the_end(self) -> dict[str, Tensor]:
+        """Run the steps that are left; return the weights of the best measure."""
+        done = self._restore()
+        for step, rows in enumerate(self.steps, 1):
+            qe_rows = next(self.rows_of_a)
+            if step <= done:
+                continue
+            self._step(step, rows, qe_rows)
+            is_last = step == len(self.steps)
+            if is_last or step % self.config.eval_every_steps == 0:
+                self._measure(step)
+            if is_last or self.progress.is_due():
+                self.progress.save(STAGE, self._state(step))
+        self.model.eval()
+        return self.kept
+
+    def _step(self, step: int, rows: np.ndarray, qe_rows: list[int]) -> None:
+        model, config = self.model, self.config
         model.train()
-        weight = qe_weight_at(step - 1, len(steps), config)
-        losses.append(descent.step(_loss(model, pairs, rows, table, next(rows_of_a), weight)))
+        weight = qe_weight_at(step - 1, len(self.steps), config)
+        with autocast(model.pool.relaxation.device, config.precision):
+            loss = _loss(model, self.pairs, rows, self.table, qe_rows, weight)
+        self.losses.append(self.descent.step(loss))
         model.pool.project_()
-        model.eval()
-        if step % config.eval_every_steps and step < len(steps):
-            continue
-        log_r, _ = score_pairs(model, dev)
-        measure = Measure(step=step, loss=float(np.mean(losses)), dev_roc_auc=roc_auc(log_r, dev.label))
-        losses = []
-        measures.append(measure)
-        if on_measure is not None:
-            on_measure(measure)
-        if best is None or measure.dev_roc_auc > best.dev_roc_auc:
-            best, kept = measure, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert best is not None  # the last step is always measured, and there is one
-    return History(measures=tuple(measures), best=best), kept
+
+    def _measure(self, step: int) -> None:
+        self.model.eval()
+        with autocast(self.model.pool.relaxation.device, self.config.precision):
+            log_r, _ = score_pairs(self.model, self.dev)
+        measure = Measure(step=step, loss=float(np.mean(self.losses)), dev_roc_auc=roc_auc(log_r, self.dev.label))
+        if not self.measures or measure.dev_roc_auc > max(m.dev_roc_auc for m in self.measures):
+            self.kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.losses = []
+        self.measures.append(measure)
+        if self.on_measure is not None:
+            self.on_measure(measure)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        own = {"measures": [asdict(m) for m in self.measures], "losses": self.losses, "kept": self.kept}
+        return state_of(self.model, self.descent, step) | own
+
+    def _restore(self) -> int:
+        state = self.progress.load(STAGE)
+        if state is None:
+            return 0
+        self.measures = [Measure(**m) for m in state["measures"]]
+        self.losses, self.kept = state["losses"], state["kept"]
+        return restore(state, self.model, self.descent)
 
 
 def _loss(

@@ -143,3 +143,13 @@ def test_import_loads_neither_transformers_nor_torch():
     code = "import sys, recis.ebrm; recis.ebrm.Entity; print({'torch', 'transformers', 'numba'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_spellings_are_the_synonyms_by_value():
+    schema = EntitySchema(
+        types=(
+            TypeConfig(name="colour", synonyms={"schwarz": "black", "jet black": "black", "rot": "red"}),
+            TypeConfig(name="brand"),
+        )
+    )
+    assert schema.spellings() == {"colour:black": ("jet black", "schwarz"), "colour:red": ("rot",)}

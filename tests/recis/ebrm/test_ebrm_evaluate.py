@@ -1,6 +1,7 @@
 """Metrics by hand and against scikit-learn; baselines that need no training."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from recis.ebrm.evaluate import (
     roc_auc,
 )
 from recis.ebrm.pricerunner_labels import Dictionaries
+from recis.ebrm.pricerunner_queries import parse_query
 from recis.ebrm.pricerunner_titles import pricerunner_schema
 
 
@@ -125,6 +127,7 @@ KNOWN = Dictionaries(
     lenses=frozenset(),
     secondary=frozenset({("Fridges", "colour")}),
 )
+READ = partial(parse_query, known=KNOWN)
 
 
 def test_hand_rules_order_items_as_grades_do():
@@ -138,7 +141,7 @@ def test_hand_rules_order_items_as_grades_do():
     ]
     entities = {n: [schema.entity(kind, value) for kind, value in own] for n, own in enumerate(items)}
     query, item = np.zeros(5, dtype=int), np.arange(5)
-    scores = hand_rule_scores(["black smeg fridge"], entities, schema, KNOWN, query, item)
+    scores = hand_rule_scores(["black smeg fridge"], entities, schema, READ, query, item)
     assert sorted(scores, reverse=True) == scores.tolist()
     assert len(set(scores.tolist())) == 5
     free = 0.98  # the seven types that the query leaves free

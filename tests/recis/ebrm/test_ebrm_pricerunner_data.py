@@ -1,5 +1,7 @@
 """The PriceRunner task on the real offers: counts, ten real titles, coverage, and that nothing leaks."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -171,7 +173,9 @@ def _scores(task, part, offers):
     return {
         "bm25": bm25_scores(query_texts, texts, part.pairs.query, at),
         "bm25_title": bm25_scores(query_texts, titles, part.pairs.query, at),
-        "hand_rules": hand_rule_scores(query_texts, entities, task.schema, task.dictionaries, part.pairs.query, offers),
+        "hand_rules": hand_rule_scores(
+            query_texts, entities, task.schema, partial(parse_query, known=task.dictionaries), part.pairs.query, offers
+        ),
     }
 
 

@@ -149,3 +149,54 @@ def test_time_runs_out_between_batches():
     assert result.calls == 2  # asked at 0 (start), 1, and 2, which is too late
     assert result.state.tolist() == [LATE] * 5 + [DONE] * 2  # longest first
     assert encode(Fails(), [], batch_pairs=2).calls == 0
+
+
+def test_marks_say_which_pieces_stand_on_both_sides(small):
+    from recis.ebrm.encoder import EncoderScorer, bare_pieces, marked_types
+
+    inputs = small._tokens([("black smeg fridge", "brand : smeg"), ("nike shoes", "colour : black")])
+    words = [small.tokenizer.convert_ids_to_tokens(row.tolist()) for row in inputs["input_ids"]]
+    types = inputs["token_type_ids"].tolist()
+    told = [[w for w, t in zip(*both, strict=True) if t >= 2] for both in zip(words, types, strict=True)]
+    assert told == [["smeg", "smeg"], []]
+    assert types[0][words[0].index("[SEP]") + 1] == 1  # "brand": the second side, unmarked
+
+    bare = bare_pieces(small.tokenizer)
+    vocabulary = small.tokenizer.get_vocab()
+    assert bare[small.tokenizer.pad_token_id] == 0
+    inside = next(piece for piece in vocabulary if piece.startswith("##") and piece[2:] in vocabulary)
+    assert bare[vocabulary[inside]] == bare[vocabulary[inside[2:]]] != 0  # "1620" meets "##1620"
+    marked = marked_types(torch.tensor([[0, 5, 6, 0, 7, 5, 0]]), torch.tensor([[0, 0, 0, 0, 1, 1, 1]]))
+    assert marked.tolist() == [[0, 2, 0, 0, 1, 3, 1]]
+    assert isinstance(small, EncoderScorer)
+    assert small.has_marks
+
+
+def test_an_encoder_trains_with_plain_attention_and_scores_alike(small):
+    fused = small(PAIRS)
+    small.train()
+    assert small.encoder.config._attn_implementation == "eager"
+    torch.testing.assert_close(small(PAIRS), fused, rtol=0, atol=1e-5)
+    small.eval()
+    assert small.encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(small(PAIRS), fused)
+
+
+def test_other_spellings_follow_the_value(tmp_path):
+    pytest.importorskip("transformers", reason="encoders need transformers")
+    from recis.ebrm.encoder import text_of
+
+    spellings = {"colour:black": ("jet black", "schwarz")}
+    plain: Any = QEScorer.small(CORPUS, seed=3).eval()
+    told: Any = QEScorer.small(CORPUS, seed=3, spellings=spellings).eval()
+    pairs = [("schwarz shoes", "colour:black"), ("schwarz shoes", "brand:nike")]
+    assert version(told) != version(plain)
+    assert told(pairs)[0] != plain(pairs)[0]
+    torch.testing.assert_close(told(pairs)[1], plain(pairs)[1], rtol=0, atol=1e-5)
+    assert text_of("colour:black", spellings["colour:black"]) == "colour : black , jet black , schwarz"
+    assert text_of("brand:nike") == "brand : nike"
+    assert torch.equal(told(pairs[:1]), plain.of_texts([("schwarz shoes", "colour : black , jet black , schwarz")]))
+    told.save(tmp_path)
+    loaded = QEScorer.load(tmp_path).eval()
+    assert version(loaded) == version(told)
+    assert torch.equal(loaded(pairs), told(pairs))
