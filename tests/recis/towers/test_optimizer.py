@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from recis.errors import ConfigError
@@ -89,6 +91,39 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(rule):
         again.step()
     assert weights(resumed) == weights(straight)
     assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    every=st.integers(1, 4),
+    num_steps=st.integers(1, 9),
+    saves=st.sets(st.integers(0, 8), max_size=3),
+    missing=st.sets(st.integers(0, 8), max_size=3),
+)
+def test_any_saves_at_any_steps_change_nothing(every, num_steps, saves, missing):
+    """A tower without a gradient in some steps (nothing of it in the batch), saved and loaded at any steps of the way."""
+    config = ByPart(
+        rest=DenseSgd(lr=0.1, momentum=0.5),
+        parts=(Part(name="text", optimizer=DenseAdamW(lr=0.1), schedule=Linear(total_steps=12), every_steps=every),),
+    )
+    ends = []
+    for at in (set(), saves):
+        made = model()
+        optimizer = config.build(made.parameters())
+        for step in range(num_steps):
+            if step in at:
+                kept = copy.deepcopy((made.state_dict(), optimizer.state_dict()))
+                made = model()
+                optimizer = config.build(made.parameters())
+                made.load_state_dict(kept[0])
+                optimizer.load_state_dict(kept[1])
+            optimizer.zero_grad()
+            give_gradients(made, ranker=1.0 + step)
+            if step not in missing:
+                give_gradients(made, text=step - 3.0, head=0.5)
+            optimizer.step()
+        ends.append(weights(made))
+    assert ends[0] == ends[1]
 
 
 def test_bad_settings():
