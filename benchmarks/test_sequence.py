@@ -33,7 +33,7 @@ LOSS_ROUNDS = 2  # seconds each
 def power_law_lengths(num: int, mean: float = MEAN, longest: int = LONGEST, seed: int = 0) -> torch.Tensor:
     """Return lengths [num] with P(l) ~ l ** -a on 1 .. longest, a such that the mean is as asked; one is the longest."""
     values = np.arange(1, longest + 1, dtype=np.float64)
-    low, high = 0.5, 3.0
+    low, high, weights = 0.5, 3.0, values
     for _ in range(60):
         exponent = (low + high) / 2
         weights = values**-exponent
@@ -69,7 +69,7 @@ def test_attention_at_power_law_lengths(benchmark):
         return [out.detach(), *torch.autograd.grad(out, asked, upstream)]
 
     runs = {
-        "jagged": lambda: step(lambda *parts: jagged_attention(*parts, offsets, causal=True)),
+        "jagged": lambda: step(lambda *parts: jagged_attention(parts[0], parts[1], parts[2], offsets, causal=True)),
         "padded SDPA": lambda: step(padded),
     }
     for got, want in zip(runs["jagged"](), runs["padded SDPA"](), strict=True):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from recis.errors import ConfigError
+from recis.towers.backbone import transformers_library
 
 SMALL_DONE = "trained.ok"  # written last, so that a killed training is not taken for one
 _BATCH = 128
@@ -49,12 +50,11 @@ def title_encoder(titles: Sequence[str], folder: Path, *, name: str = "auto", se
 
 def fresh_encoder(texts: Sequence[str], folder: Path, *, hidden: int = 128, num_layers: int = 2, seed: int = 0) -> None:
     """Write an untrained BERT encoder and a WordPiece vocabulary learned from some texts into a folder."""
-    from transformers import BertConfig, BertModel
-
+    transformers = transformers_library()
     from recis.ebrm.encoder import train_wordpiece
 
     tokenizer = train_wordpiece(texts)
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         num_hidden_layers=num_layers,
@@ -66,7 +66,7 @@ def fresh_encoder(texts: Sequence[str], folder: Path, *, hidden: int = 128, num_
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BertModel(config, add_pooling_layer=False)
+        model = transformers.BertModel(config, add_pooling_layer=False)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -110,12 +110,11 @@ def fresh_decoder(
     texts: Sequence[str], folder: Path, *, hidden: int = 128, num_layers: int = 3, max_tokens: int = 160, seed: int = 0
 ) -> None:
     """Write an untrained Llama decoder and a WordPiece vocabulary learned from some texts into a folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers = transformers_library()
     from recis.ebrm.encoder import train_wordpiece
 
     tokenizer = train_wordpiece(texts)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         num_hidden_layers=num_layers,
@@ -130,7 +129,7 @@ def fresh_decoder(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(config)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

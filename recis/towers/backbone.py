@@ -35,7 +35,7 @@ def load_model(path: str | Path) -> Any:
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder}: no config.json here; a local folder with config and weights is needed")
     try:
-        model, report = _transformers().AutoModel.from_pretrained(
+        model, report = transformers_library().AutoModel.from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, dtype="float32"
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path, model: Any) -> Any:
         # transformers would make an empty tokenizer of the model's kind, to which every word is unknown
         raise BackboneError(f"{path}: no tokenizer here; one of {', '.join(_TOKENIZER_FILES)} is needed")
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = transformers_library().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"{path}: the tokenizer cannot be loaded: {error}") from error
     num_rows = model.get_input_embeddings().num_embeddings
@@ -125,7 +125,8 @@ def _before_layers(model: Any, layers: nn.ModuleList) -> list[Tensor]:
     return [*before, *model.get_input_embeddings().parameters()]
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
+    """Return the module transformers; ImportError with the way out where it is not installed."""
     try:
         import transformers
     except ImportError as error:

@@ -19,7 +19,7 @@ from recis.embedding import EmbeddingCollection, TableConfig
 from recis.errors import ConfigError, nearest
 from recis.jagged import JaggedTensor
 from recis.towers.adapters import AdapterConfig, LayerwiseAdapters
-from recis.towers.backbone import BackboneError, load_tokenizer
+from recis.towers.backbone import BackboneError, load_tokenizer, transformers_library
 from recis.towers.weights import FrozenState, frozen_state
 from recis_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -239,10 +239,8 @@ def load_decoder(path: str | Path) -> Any:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder}: no config.json here; a local folder with config and weights is needed")
-    from transformers import AutoModelForCausalLM
-
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers_library().AutoModelForCausalLM.from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, dtype="float32"
         )
         model, report = loaded

@@ -10,6 +10,7 @@ from recis.errors import ConfigError, DataError
 from recis.features import FeatureEngine, FeatureSpec
 from recis.io import DataConfig, Reader, Strings
 from recis.io import decode as decode_module
+from recis.jagged import JaggedTensor
 
 tokenizers = pytest.importorskip("tokenizers")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "lace", "dress")
@@ -62,7 +63,9 @@ def test_the_readers_threads_tokenize(folder, tmp_path, monkeypatch):
 def test_ids_reach_the_batch_as_an_extra(folder, tmp_path):
     (raw,) = read(tmp_path, ["red"], tokenizer=folder)
     batch = FeatureEngine((FeatureSpec(name="title", kind="extra"),)).forward(raw)
-    assert batch.extras["title"].flat_values.tolist() == [2, 4, 3]
+    title = batch.extras["title"]
+    assert isinstance(title, JaggedTensor)
+    assert title.flat_values.tolist() == [2, 4, 3]
 
 
 def test_bad_settings(folder, tmp_path):

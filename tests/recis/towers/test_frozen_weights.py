@@ -85,7 +85,9 @@ def trained(bert_folder, tmp_path):
 
 def test_a_checkpoint_has_a_hash_for_what_does_not_train(trained):
     _, trainer, run = trained
-    dense = read_manifest(latest(run)).dense
+    newest = latest(run)
+    assert newest is not None
+    dense = read_manifest(newest).dense
     assert "towers.title.frozen_sha256" in dense
     frozen = {name for name, value in trainer.model.named_parameters() if not value.requires_grad}
     assert frozen

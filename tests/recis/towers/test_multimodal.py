@@ -81,7 +81,7 @@ def test_all_modalities_side_by_side(bert_folder, vit, tmp_path):
         "image_": 4,
         "vector_": 2,
     }
-    want = model.towers["vector_"].projection(torch.tensor([3.0, 4.0]))
+    want = model.get_submodule("towers.vector_.projection")(torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(out["vector_"][2], want)
 
 
