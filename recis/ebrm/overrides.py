@@ -25,6 +25,7 @@ from recis.errors import ConfigError, DataError
 _BOUNDS = {"set": (True, True), "min": (True, False), "max": (False, True)}  # op -> bounded from below, from above
 OPS = tuple(_BOUNDS)
 _ANY, _REGEX, _EXACT = 0, 1, 2
+UNKNOWN_ENTITY, REPLACES = "unknown_entity", "replaces:"  # flags of a rule
 _FIRST_LINK = "0" * 64
 
 
@@ -78,6 +79,11 @@ class Override:
         plain = {"match": match, "op": self.op, "value": self.value, "owner": self.owner, "reason": self.reason}
         return plain | ({} if self.expires is None else {"expires": self.expires})
 
+    def acts_on(self, other: "Override") -> bool:
+        """Return whether it is for the same queries and the same entity or type as another: one of the two acts."""
+        names = ("query", "query_regex", "entity", "type")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Override":
         """Return the rule that `to_json` wrote; unknown or missing keys are a DataError, broken rules a ConfigError."""
@@ -95,7 +101,8 @@ class Rule:
     override: Override
     time: str
     flags: tuple[str, ...] = ()
-    """"unknown_entity": no item has had this entity when the rule was added."""
+    """"unknown_entity": no item has had this entity when the rule was added. "replaces:o1": that rule, of the same query and
+    entity or type, was in force then; both stay, the later one acts."""
     pattern: "re.Pattern[str] | None" = field(default=None, compare=False)
 
     @property
@@ -189,13 +196,16 @@ class Overrides:
         return tuple(rule for rule in self._rules.values() if rule.is_expired(today))
 
     def add(self, override: Override) -> Rule:
-        """Append a rule and return it as it is in force.
+        """Append a rule and return it as it is in force; its flags name the rules of the same match that it replaces.
 
         Raises:
             ConfigError: its type is not declared (also that of its entity).
         """
         override = self._canonical(override)
-        flags = () if override.entity is None or self._is_known(override.entity) else ("unknown_entity",)
+        flags = () if override.entity is None or self._is_known(override.entity) else (UNKNOWN_ENTITY,)
+        same = [rule for rule in self._rules.values() if rule.override.acts_on(override)]
+        gone = self.expired() if same else ()
+        flags += tuple(f"{REPLACES}{rule.id}" for rule in same if rule not in gone)
         record = self._append({"action": "add", "rule": override.to_json(), "flags": list(flags)})
         return self._enact(record)
 
@@ -298,7 +308,7 @@ class Overrides:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # a kill while a line was written: that rule was never acknowledged
             os.truncate(path, len(whole))
-        for number, line in enumerate(whole.decode("utf-8").splitlines()):
+        for number, line in enumerate(whole.split(b"\n")[:-1]):
             try:
                 record = json.loads(line)
                 previous = self._records[-1]["sha256"] if self._records else _FIRST_LINK

@@ -79,7 +79,7 @@ def load_model(folder: Path, kind: "type[EBRM]") -> "EBRM":
         raise ConfigError(
             f"no EBRM model at {folder}: {MODEL_NAME}/model.json is missing; give the folder of EBRM.save"
         )
-    settings: dict[str, Any] = json.loads((home / "model.json").read_text())
+    settings = _read_settings(home / "model.json")
     if settings["format"] != FORMAT:
         raise ConfigError(f"the model at {folder} has format {settings['format']}; this version reads format {FORMAT}")
     model = kind(EBRMConfig.from_json(settings["config"]), QEScorer.load(home))
@@ -101,6 +101,22 @@ def load_model(folder: Path, kind: "type[EBRM]") -> "EBRM":
             f"{settings['version']}"
         )
     return model.eval()
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    keys = ("format", "version", "config", "calibrator", "accept", "thresholds", "priors")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise TypeError(f"it must be a JSON object, not a {type(settings).__name__}")
+        missing = [key for key in keys if key not in settings]
+    except (ValueError, TypeError) as error:  # cut off, not UTF-8, no JSON
+        raise ConfigError(
+            f"the model at {path.parent.parent} is damaged: {path.name} cannot be read ({error})"
+        ) from error
+    if missing and settings.get("format") in (None, FORMAT):
+        raise ConfigError(f"the model at {path.parent.parent} is damaged: {path.name} lacks {', '.join(missing)}")
+    return settings
 
 
 def _calibrator(data: dict[str, float] | None) -> Calibrator | None:

@@ -23,6 +23,15 @@ from recis.errors import RecisError
 
 FORMAT = 1
 ARRAYS = {"query_hash": np.uint64, "offsets": np.int64, "entity": np.uint32, "logit": np.float16}
+MANIFEST_KEYS = (
+    "model_version",
+    "vocabulary_count",
+    "vocabulary_sha256",
+    "num_queries",
+    "num_pairs",
+    "sha256",
+    "replaces",
+)
 TMP_PREFIX = ".tmp-"
 _CHUNK = 1 << 24
 
@@ -129,6 +138,9 @@ def open_segment(folder: Path, *, verify: bool = True) -> Segment:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         version = manifest["format"]
+        missing = [key for key in MANIFEST_KEYS if key not in manifest] if version == FORMAT else []
+        if missing or (version == FORMAT and set(ARRAYS) - set(manifest["sha256"])):
+            raise ValueError(f"it lacks {', '.join(missing) or 'hashes'}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheCorruptError(
             f"cache segment {folder}: manifest.json cannot be read ({error}); delete the folder"

@@ -6,6 +6,7 @@ or put a proxy that knows its users in front.
 
 import argparse
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -79,7 +80,9 @@ def run_serve(args: argparse.Namespace) -> int:
         max_query_chars=args.max_query_chars,
         max_body_bytes=int(args.max_body_mib * 2**20),
     )
-    model = EBRM.load(args.model)
+    model = EBRM.load(args.model, on_corrupt="skip")
+    for damage in model.cache.damaged:
+        print(f"recis ebrm serve: left out, its pairs are scored anew: {damage}", file=sys.stderr, flush=True)
     items = [] if args.items is None else list(read_items(args.items, model.config.schema))
     app = create_app(model, items, config)
     uvicorn = import_module("uvicorn")

@@ -21,7 +21,7 @@ from recis.ebrm.canonical import canonical_text
 from recis.ebrm.entities import Item, check_keys
 from recis.ebrm.explanation import EntityTruth, Explanation, TypeTruth, explain, verdicts
 from recis.ebrm.model import EBRM
-from recis.ebrm.overrides import Rule
+from recis.ebrm.overrides import REPLACES, Rule
 from recis.ebrm.packed import PackedItems
 from recis.ebrm.service_requests import (
     MAX_TEXT_CHARS,
@@ -102,6 +102,7 @@ class Service:
             "num_items": len(self._items),
             "num_overrides": len(self.model.overrides),
             "cached_pairs": self.model.cache.num_pairs,
+            "damaged_segments": len(self.model.cache.damaged),
             "uptime_s": round(time.monotonic() - self._started, 3),
         }
 
@@ -196,11 +197,7 @@ class Service:
         with callers_fault():
             override = read_override(data)
             self.model.overrides.match("", override)  # refuses an undeclared type before anything is written
-        expired = {rule.version for rule in self.model.overrides.expired()}
-        earlier = [rule for rule in self.model.overrides.rules() if rule.version not in expired]
-        rule = self.model.overrides.add(override)
-        same = [other.id for other in earlier if _match_of(other) == _match_of(rule)]
-        return rule_json(rule) | {"replaces": same}
+        return rule_json(self.model.overrides.add(override))
 
     def remove(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Remove the override {"version", "owner", "reason"?}: a line of the file says so.
@@ -299,7 +296,9 @@ class Service:
 
 def rule_json(rule: Rule) -> dict[str, Any]:
     """Return a rule, with what was noted when it was added, as a JSON object."""
-    noted = {"id": rule.id, "version": rule.version, "time": rule.time, "flags": list(rule.flags)}
+    flags = [flag for flag in rule.flags if not flag.startswith(REPLACES)]
+    replaces = [flag.removeprefix(REPLACES) for flag in rule.flags if flag.startswith(REPLACES)]
+    noted = {"id": rule.id, "version": rule.version, "time": rule.time, "flags": flags, "replaces": replaces}
     return noted | rule.override.to_json()
 
 
@@ -331,8 +330,3 @@ def _type_json(truth: TypeTruth, r: float) -> dict[str, Any]:
 def _entity_json(entity: EntityTruth, r: float) -> dict[str, Any]:
     """Return what is said of an entity; `gives` is what r would lose with s = 0, `costs` what it would gain with s = 1."""
     return asdict(entity) | {"gives": r - entity.r_if_0, "costs": entity.r_if_1 - r}
-
-
-def _match_of(rule: Rule) -> tuple[str | None, ...]:
-    override = rule.override
-    return override.query, override.query_regex, override.entity, override.type

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from recis.ebrm.segment import CacheCorruptError
+
 MAX_ENTITIES = 2**32 - 1
 
 
@@ -66,14 +68,25 @@ class Vocabulary:
 
     @staticmethod
     def read(path: Path) -> "Vocabulary":
-        """Return the vocabulary of a file; empty where there is none. A torn last line is cut off, in the file too."""
+        """Return the vocabulary of a file; empty where there is none. A torn last line is cut off, in the file too.
+
+        Raises:
+            CacheCorruptError: it is no UTF-8.
+        """
         if not path.exists():
             return Vocabulary()
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # a kill while it grew: no segment refers to that line yet
             os.truncate(path, len(whole))
-        vocabulary = Vocabulary(whole.decode().split("\n")[:-1])
+        try:
+            ids = whole.decode().split("\n")[:-1]
+        except UnicodeDecodeError as error:
+            raise CacheCorruptError(
+                f"cache vocabulary {path}: not UTF-8 at byte {error.start}, so the numbers of its segments mean nothing; "
+                "open the cache with rebuild=True to start empty"
+            ) from error
+        vocabulary = Vocabulary(ids)
         vocabulary._saved = len(vocabulary.ids)
         return vocabulary
 
