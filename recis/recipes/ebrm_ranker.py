@@ -167,10 +167,11 @@ def ebrm_ranker(
     data: str | None,
     out: Path,
     ebrm: str | None = None,
-    num_queries: int = 2400,
+    num_queries: int = 1200,
     num_items: int = 2000,
     num_impressions: int = 200_000,
-    ebrm_epochs: int = 2,
+    ebrm_epochs: int = 1,
+    ebrm_rows: int = 20_000,
     epochs: int = 1,
     seeds: int = 3,
     seed: int = 0,
@@ -185,6 +186,7 @@ def ebrm_ranker(
         num_items: items of the catalogue.
         num_impressions: rows of the log, of all queries.
         ebrm_epochs: of each stage of the EBRM.
+        ebrm_rows: rows of its first stage, drawn from all: what bounds the time of this recipe.
         epochs: passes of a ranker over its rows.
         seeds: seeds that the rankers are compared over; 0 leaves the comparison out.
         seed: of catalogue, EBRM and the first ranker.
@@ -196,7 +198,7 @@ def ebrm_ranker(
     if not (folder / DONE).exists():
         begin = time.monotonic()
         catalogue = parted(make_data(made))
-        model = _train_ebrm(catalogue, out / "ebrm", ebrm_epochs, seed) if ebrm is None else EBRM.load(ebrm)
+        model = _train_ebrm(catalogue, out / "ebrm", ebrm_epochs, ebrm_rows, seed) if ebrm is None else EBRM.load(ebrm)
         if model.config.schema != catalogue.schema:
             raise ConfigError(f"--set ebrm={ebrm}: that model has other entity types than the generated catalogue")
         write_log(catalogue, model, folder)
@@ -208,8 +210,10 @@ def ebrm_ranker(
     )
 
 
-def _train_ebrm(data: "SyntheticData", folder: Path, epochs: int, seed: int) -> EBRM:
+def _train_ebrm(data: "SyntheticData", folder: Path, epochs: int, num_rows: int, seed: int) -> EBRM:
     taught = synthetic_set(data)
+    drawn = np.random.default_rng(seed).permutation(len(taught.qe_rows))[:num_rows]
+    taught = replace(taught, qe_rows=[taught.qe_rows[place] for place in sorted(drawn.tolist())])
     config = RunConfig(
         pretrain=StepConfig(epochs=epochs, lr=FRESH_LR, seed=seed),
         train=QIConfig(epochs=epochs, lr=FRESH_LR, seed=seed),
