@@ -64,7 +64,14 @@ class TypeTruth:
     @property
     def has_value(self) -> bool:
         """Whether the item states a value."""
-        return any(entity.id != none_id(self.type) for entity in self.entities)
+        return self.is_stated(0.0)
+
+    def is_stated(self, tagger_floor: float) -> bool:
+        """Whether the item states a value, not counting a tagger's whose conf is under the floor."""
+        return any(
+            entity.id != none_id(self.type) and (entity.source != "tagger" or entity.conf >= tagger_floor)
+            for entity in self.entities
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,15 +129,21 @@ class Verdicts(NamedTuple):
     attributes: dict[str, Attribute]
 
 
-def verdicts(explanation: Explanation) -> Verdicts:
-    """Return the verdicts of an explanation: a pure function of it. Skip items that are approximate in rewards."""
+def verdicts(explanation: Explanation, *, tagger_floor: float = 0.0) -> Verdicts:
+    """Return the verdicts of an explanation: a pure function of it. Skip items that are approximate in rewards.
+
+    Args:
+        explanation: of a query and an item.
+        tagger_floor: least precision of the rules behind a value. A type whose values all come from a tagger with a conf
+            under it is `unknown`, never `miss`: a doubtful tag must not cost an item its reward.
+    """
     cuts = explanation.thresholds
     category: Category | None = None
     attributes: dict[str, Attribute] = {}
     for truth in explanation.types:
         if truth.type == explanation.category_type:
             category = "match" if truth.g >= cuts.match else "near" if truth.g >= cuts.near else "mismatch"
-        elif truth.is_constrained and not truth.has_value:
+        elif truth.is_constrained and not truth.is_stated(tagger_floor):
             attributes[truth.type] = "unknown"
         elif truth.is_constrained:
             attributes[truth.type] = "ok" if truth.g >= cuts.ok else "miss"

@@ -5,9 +5,16 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recis.errors import ConfigError
+from recis.tagger.rules import RuleTagger
+
+if TYPE_CHECKING:
+    from recis.tagger.combine import TextTagger
+    from recis.tagger.distil import DistilConfig, Distilled
+    from recis.tagger.io import Labelled
+    from recis.tagger.text import Text
 
 OK, FAILED = 0, 1
 DATA_HELP = "Parquet or JSON lines with `tokens` and `labels` (BIO), or `text` and `spans`"
@@ -31,6 +38,10 @@ def add_tag(commands: Any) -> None:
     command.add_argument("--pool", type=Path, metavar="POOL.jsonl", help="also write the labelled spans")
     command.add_argument("--precision-floor", type=float, default=0.9, help="least F / N of a rule (default 0.9)")
     command.add_argument("--min-support", type=int, default=3, help="least F of a rule (default 3)")
+    command.add_argument(
+        "--second-pass", action="store_true", help="tune the masked LM on the pool, distil anew, keep the better rules"
+    )
+    command.add_argument("--dev", type=Path, metavar="FILE", help="labelled texts that say which pass is better")
     command.add_argument("--seed", type=int, default=0)
     command = _add(below, "train", _train, "Train a neural tagger on labelled texts.")
     command.add_argument("--data", type=Path, required=True, metavar="FILE", help=DATA_HELP)
@@ -61,7 +72,15 @@ def add_tag(commands: Any) -> None:
     command = _add(below, "diff", _diff, "Show the spans that change between two rule files.")
     command.add_argument("old", type=Path)
     command.add_argument("new", type=Path)
-    command.add_argument("--texts", type=Path, required=True, metavar="FILE", help=TEXTS_HELP)
+    command.add_argument("--texts", type=Path, metavar="FILE", help=TEXTS_HELP)
+    command.add_argument("--ebrm", type=Path, metavar="DIR", help="also list items whose r changes, by this model")
+    command.add_argument(
+        "--items", type=Path, metavar="FILE", help="with --ebrm: items as JSON lines, instead of --texts"
+    )
+    command.add_argument("--queries", type=Path, metavar="FILE", help="with --ebrm: queries, one a line")
+    command.add_argument(
+        "--type-map", type=Path, metavar="FILE", help="with --ebrm: JSON object, tagger type -> its type"
+    )
 
 
 def _add(commands: Any, name: str, run_command: Any, text: str) -> argparse.ArgumentParser:
@@ -80,8 +99,13 @@ def _distil(args: argparse.Namespace) -> int:
     types = load_types(args.types)
     ids, texts = load_texts(args.texts)
     config = DistilConfig(precision_floor=args.precision_floor, min_support=args.min_support, seed=args.seed)
-    seeds = find_seeds(texts, find_phrases(texts), _expert(args.expert, types), list(types), SeedConfig(seed=args.seed))
+    expert, phrases = _expert(args.expert, types), list(find_phrases(texts))
+    if args.second_pass and not args.expert.startswith("masked-lm:"):
+        raise ConfigError(f"--second-pass tunes a masked language model; --expert is {args.expert!r}")
+    seeds = find_seeds(texts, phrases, expert, list(types), SeedConfig(seed=args.seed))
     result = distil(texts, ids, list(types), seeds.rules, config)
+    if args.second_pass:
+        result = _second_pass(args, result, expert, texts, ids, phrases, config)
     save_rules(result.rules, args.out)
     if args.pool is not None:
         save_pool(result.pool.entries, args.pool)
@@ -91,6 +115,45 @@ def _distil(args: argparse.Namespace) -> int:
         )
     print(f"{args.out}: {len(result.rules.rules)} rules from {len(seeds.rules)} seeds; ended: {result.stop}")
     return OK
+
+
+def _second_pass(
+    args: argparse.Namespace,
+    first: "Distilled",
+    expert: Any,
+    texts: "list[Text]",
+    ids: list[str],
+    phrases: list[str],
+    config: "DistilConfig",
+) -> "Distilled":
+    from recis.tagger.io import load_labelled
+    from recis.tagger.second_pass import TuneConfig, second_pass
+    from recis.tagger.seeds import SeedConfig
+
+    dev = load_labelled(args.dev) if args.dev is not None else []
+    found = second_pass(
+        first,
+        expert,
+        texts,
+        ids,
+        phrases,
+        tune=TuneConfig(seed=args.seed),
+        seeds=SeedConfig(seed=args.seed),
+        config=config,
+        measure=(lambda rules: _micro_f1(RuleTagger(rules), dev)) if dev else None,
+    )
+    what = "dev F1" if dev else "agreement with the pool"
+    told = "no seeds" if found.second is None else f"{found.values[1]:.4f}"
+    which = "first" if found.kept is first else "second"
+    print(f"second pass: {what} {told}, first pass {found.values[0]:.4f}: the {which} is kept")
+    return found.kept
+
+
+def _micro_f1(tagger: "TextTagger", rows: "list[Labelled]") -> float:
+    from recis.tagger.evaluate import score_spans
+
+    found = [tagger.tag_text(row.text) for row in rows]
+    return score_spans([row.spans for row in rows], found, [len(row.text.tokens) for row in rows]).micro.f1
 
 
 def _expert(name: str, types: dict[str, list[str]]) -> Any:
@@ -194,12 +257,37 @@ def _diff(args: argparse.Namespace) -> int:
     from recis.tagger.check import diff
     from recis.tagger.io import load_rules, load_texts
 
+    if args.ebrm is None and args.texts is None:
+        raise ConfigError("diff needs --texts FILE, or --ebrm DIR with --items FILE and --queries FILE")
+    if args.ebrm is not None and (args.items is None or args.queries is None):
+        raise ConfigError("diff --ebrm needs --items FILE and --queries FILE: r is of a query and an item")
     old, new = load_rules(args.old), load_rules(args.new)
-    ids, texts = load_texts(args.texts, new.tokenizer)
-    changes = diff(old, new, ids, texts)
-    for change in changes:
-        lost = [f"-{span.surface}:{span.type}" for span in change.lost]
-        gained = [f"+{span.surface}:{span.type}" for span in change.new]
-        print(f"{change.text_id}: {'  '.join([*lost, *gained])}")
-    print(f"{len(changes)} of {len(texts)} texts change")
+    if args.texts is not None:
+        ids, texts = load_texts(args.texts, new.tokenizer)
+        changes = diff(old, new, ids, texts)
+        for change in changes:
+            lost = [f"-{span.surface}:{span.type}" for span in change.lost]
+            gained = [f"+{span.surface}:{span.type}" for span in change.new]
+            print(f"{change.text_id}: {'  '.join([*lost, *gained])}")
+        print(f"{len(changes)} of {len(texts)} texts change")
+    if args.ebrm is not None:
+        _diff_relevance(args, RuleTagger(old), RuleTagger(new))
     return OK
+
+
+def _diff_relevance(args: argparse.Namespace, old: RuleTagger, new: RuleTagger) -> None:
+    from recis.ebrm.files import read_items
+    from recis.ebrm.model import EBRM
+    from recis.tagger.impact import LEAST_CHANGE, relevance_changes, tagged_item
+
+    model = EBRM.load(args.ebrm)
+    schema = model.config.schema
+    types = json.loads(args.type_map.read_text(encoding="utf-8")) if args.type_map is not None else None
+    items = list(read_items(args.items, schema))
+    queries = [line for line in args.queries.read_text(encoding="utf-8").splitlines() if line.strip()]
+    before, after = ([tagged_item(item, rules.tag, schema, types=types) for item in items] for rules in (old, new))
+    changes = relevance_changes(model, queries, before, after)
+    for change in changes:
+        print(f"{change.query!r}, item {change.item_id}: r {change.before:.4f} -> {change.after:.4f}")
+    pairs = len(queries) * len(items)
+    print(f"{len(changes)} of {pairs} pairs of query and item change r by more than {LEAST_CHANGE}")

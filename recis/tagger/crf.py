@@ -1,9 +1,10 @@
 """A linear-chain conditional random field over the tags of a text, with labels that may be known only in part.
 
     score(y) = start[y_1] + sum_t emission[t, y_t] + sum_t transition[y_{t-1}, y_t] + end[y_T]
-    loss     = log sum over all y exp score(y)  -  log sum over allowed y exp score(y)
+    loss     = log sum over all y exp score(y)  -  log sum over y exp(score(y) + sum_t label[t, y_t])
 
-With one allowed tag per word this is the usual negative log-likelihood; words whose tag is unknown allow every tag.
+label is 0 for a tag that a word may have and -inf for one that it may not; a soft label lies between. With one allowed
+tag per word this is the usual negative log-likelihood; words whose tag is unknown allow every tag.
 A BIO tag set forbids I-x unless B-x or I-x stands before it. Sums in fp32 logs. Source: Lafferty, McCallum and Pereira 2001.
 """
 
@@ -31,14 +32,17 @@ class LinearChainCRF(nn.Module):
         self.register_buffer("forbidden_start", begins.float() * FORBIDDEN, persistent=False)
 
     def loss(self, emissions: Tensor, lengths: Tensor, allowed: Tensor) -> Tensor:
-        """Return -log P(a path within `allowed`) per text, [B].
+        """Return -log P(a path within `allowed`) per text, [B]; with soft labels -log E exp(sum of them over the path).
 
         Args:
             emissions: [B, T, K].
             lengths: [B] int64, words of each text, each >= 1.
-            allowed: [B, T, K] bool; each word allows at least one tag.
+            allowed: [B, T, K]: bool, each word allowing at least one tag, or soft labels in fp32, each <= 0.
         """
-        masked = emissions.masked_fill(~allowed, FORBIDDEN)
+        if allowed.dtype == torch.bool:
+            masked = emissions.masked_fill(~allowed, FORBIDDEN)
+        else:
+            masked = emissions.float() + allowed
         return self.log_norm(emissions, lengths) - self.log_norm(masked, lengths)
 
     def log_norm(self, emissions: Tensor, lengths: Tensor) -> Tensor:

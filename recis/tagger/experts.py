@@ -7,6 +7,7 @@ more likely the span makes the type's words than the sentence alone does. An emp
 Source of asking two templates: arXiv:2210.02768; the templates, verbalisers and calibration here are ours.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from recis.tagger.text import Text, tokenize
 
@@ -143,25 +145,57 @@ class MaskedLMExpert:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        self._model: Any = AutoModelForMaskedLM.from_pretrained(str(path), local_files_only=True).eval()
+        self.model: Any = AutoModelForMaskedLM.from_pretrained(str(path), local_files_only=True).eval()
         self._templates = dict(templates or TEMPLATES)
         self._words = {name: self._ids(name, said) for name, said in words.items()}
         self._blank: dict[tuple[str, str], Answer] = {}
-        told = json.dumps([sorted((k, list(v)) for k, v in words.items()), sorted(self._templates.items())])
-        digest = hashlib.sha256(told.encode())
-        for name, weight in sorted(self._model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.cpu().numpy().tobytes())
-        self.version = "masked-lm-" + digest.hexdigest()[:12]
+        self.version = self._version()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """What can be answered: types, and `none` where it has words."""
+        return tuple(self._words)
+
+    def copy(self, templates: Mapping[str, str]) -> "MaskedLMExpert":
+        """Return an expert with weights of its own that asks through other templates."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model)
+        other._templates = dict(templates)
+        return other.renewed()
+
+    def renewed(self) -> "MaskedLMExpert":
+        """Return this expert after its weights or templates changed: a new version, and nothing remembered."""
+        self._blank = {}
+        self.version = self._version()
+        return self
 
     def type_scores(self, text: Text, span: tuple[int, int], template: str) -> Answer:
-        surface = text.surface(*span)
         without = text.surface(0, span[0]) + " " + text.surface(span[1], len(text.tokens))
         blank = self._blank.get((without, template))
         if blank is None:
-            blank = self._blank[without, template] = self._log_probs(without, "", template)
-        said = self._log_probs(text.surface(0, len(text.tokens)), surface, template)
+            blank = self._blank[without, template] = self._answer(without, "", template)
+        said = self._answer(text.surface(0, len(text.tokens)), text.surface(*span), template)
         return {name: said[name] - blank[name] for name in said}
+
+    def log_probs(self, asked: Sequence[tuple[Text, tuple[int, int], str]]) -> dict[str, Tensor]:
+        """Return type -> mean log-probability [B] of its words, for B questions (text, span, template); differentiable.
+
+        A question whose mask a long text pushed out of the model's window gets zeros.
+        """
+        return self._score(
+            [
+                self._sentence(text.surface(0, len(text.tokens)), text.surface(*span), template)
+                for text, span, template in asked
+            ]
+        )
+
+    def _version(self) -> str:
+        told = json.dumps([sorted(self._words.items()), sorted(self._templates.items())])
+        digest = hashlib.sha256(told.encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().numpy().tobytes())
+        return "masked-lm-" + digest.hexdigest()[:12]
 
     def _ids(self, name: str, words: Sequence[str]) -> list[int]:
         if not words:
@@ -174,17 +208,22 @@ class MaskedLMExpert:
             ids.append(pieces[0])
         return ids
 
-    @torch.no_grad()
-    def _log_probs(self, text: str, span: str, template: str) -> Answer:
+    def _sentence(self, text: str, span: str, template: str) -> str:
         mask = self._tokenizer.mask_token
-        sentence = " ".join(self._templates[template].format(text=text, span=span, mask=mask).split())
-        batch = self._tokenizer(sentence, return_tensors="pt", truncation=True)
-        places = (batch["input_ids"][0] == self._tokenizer.mask_token_id).nonzero()
-        if len(places) == 0:  # a long text pushed it out of the model's window
-            return dict.fromkeys(self._words, 0.0)
-        logits = self._model(**batch).logits[0, int(places[0])]
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
-        return {name: float(log_probs[ids].mean()) for name, ids in self._words.items()}
+        return " ".join(self._templates[template].format(text=text, span=span, mask=mask).split())
+
+    @torch.no_grad()
+    def _answer(self, text: str, span: str, template: str) -> Answer:
+        scores = self._score([self._sentence(text, span, template)])
+        return {name: float(score[0]) for name, score in scores.items()}
+
+    def _score(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        batch = self._tokenizer(list(sentences), return_tensors="pt", truncation=True, padding=True)
+        is_mask = batch["input_ids"] == self._tokenizer.mask_token_id
+        places = is_mask.int().argmax(1)
+        logits = self.model(**batch).logits[torch.arange(len(sentences)), places]
+        log_probs = torch.log_softmax(logits.float(), dim=-1) * is_mask.any(1)[:, None]
+        return {name: log_probs[:, ids].mean(1) for name, ids in self._words.items()}
 
 
 class LLMExpert:

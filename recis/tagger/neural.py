@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recis.errors import DataError
-from recis.tagger.crf import LinearChainCRF, bio_tags
+from recis.tagger.crf import FORBIDDEN, LinearChainCRF, bio_tags
 from recis.tagger.encoders import WordEncoder
 from recis.tagger.evaluate import Typed, bio_spans
 from recis.tagger.rules import Span
@@ -200,11 +200,13 @@ def allowed_tags(
 ) -> Tensor:
     """Return the tags each word may have, [T, K] bool.
 
+    A span of a pool speaks against every span that overlaps it: nothing may go on behind its end.
+
     Args:
         tags: O, B- and I- of each type.
         spans: labelled words.
         num_words: T.
-        outside_known: words outside the spans are O; otherwise they may be anything.
+        outside_known: words outside the spans are O; otherwise they may be anything that does not go on with a span.
         loose: a labelled word may begin a span or go on with one: the pool knows its type, not where its span ends.
     """
     number = {tag: place for place, tag in enumerate(tags)}
@@ -213,6 +215,10 @@ def allowed_tags(
         allowed[:, number["O"]] = True
     else:
         allowed[:] = True
+    if not loose:
+        for _, end, name in spans:
+            if end < num_words:
+                allowed[end, number[f"I-{name}"]] = False
     for start, end, name in spans:
         allowed[start:end] = False
         if loose:
@@ -221,3 +227,24 @@ def allowed_tags(
             allowed[start, number[f"B-{name}"]] = True
             allowed[start + 1 : end, number[f"I-{name}"]] = True
     return allowed
+
+
+def soft_tags(allowed: Tensor, conf: Tensor) -> Tensor:
+    """Return soft labels [T, K]: log of how well each tag fits a word, 0 for a tag that is as good as certain.
+
+    A tag that `allowed` has gets log conf of its word; the others share what is left: log (1 - conf) / (their number).
+    Where every tag is allowed, nothing is known and all get 0. conf 1 leaves the hard labels.
+
+    Args:
+        allowed: [T, K] bool, of allowed_tags.
+        conf: [T] in (0, 1], how sure the label of each word is.
+
+    Raises:
+        ValueError: a conf lies outside (0, 1].
+    """
+    if len(conf) and not (conf.min() > 0 and conf.max() <= 1):
+        raise ValueError(f"conf must be in (0, 1]; got {float(conf.min())} to {float(conf.max())}")
+    others = (~allowed).sum(1, keepdim=True)
+    rest = torch.log((1 - conf)[:, None] / others.clamp(min=1)).clamp(min=FORBIDDEN)
+    soft = torch.where(allowed, conf[:, None].log(), rest)
+    return torch.where(others == 0, torch.zeros_like(soft), soft)

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recis.tagger.neural import NeuralConfig, TaggerModel, allowed_tags
+from recis.tagger.crf import FORBIDDEN
+from recis.tagger.neural import NeuralConfig, TaggerModel, allowed_tags, soft_tags
 from recis.tagger.rules import Span
-from recis.tagger.text import Text
+from recis.tagger.text import TOKENIZER, Text
+
+MIN_CONF = 0.01  # a label believed less says the opposite of itself
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text and the tags each of its words may have [T, K] bool; weight multiplies its loss."""
+    """A text and the tags each of its words may have [T, K]: bool, or soft labels; weight multiplies its loss."""
 
     text: Text
     allowed: Tensor
@@ -93,22 +96,57 @@ def examples_of(
     *,
     outside_known: bool,
     loose: bool = False,
+    soft: bool = False,
 ) -> list[Example]:
-    """Return training examples; see recis.tagger.neural.allowed_tags for the two options."""
-    return [
-        Example(
-            text,
-            allowed_tags(
-                model.tags,
-                [(span.start, span.end, span.type) for span in found],
-                len(text.tokens),
-                outside_known=outside_known,
-                loose=loose,
-            ),
-        )
-        for text, found in zip(texts, spans, strict=True)
-        if text.tokens
-    ]
+    """Return training examples; see recis.tagger.neural.allowed_tags for the first two options.
+
+    With soft, the conf of a span is how far its label is believed; see recis.tagger.neural.soft_tags.
+    """
+    examples: list[Example] = []
+    for text, found in zip(texts, spans, strict=True):
+        if not text.tokens:
+            continue
+        typed = [(span.start, span.end, span.type) for span in found]
+        tags = allowed_tags(model.tags, typed, len(text.tokens), outside_known=outside_known, loose=loose)
+        if soft:
+            conf = torch.ones(len(text.tokens))
+            for span in found:
+                conf[span.start : span.end] = max(MIN_CONF, min(1.0, span.conf))
+            tags = soft_tags(tags, conf)
+        examples.append(Example(text, tags))
+    return examples
+
+
+class NeuralPoolTagger:
+    """The neural tagger in the loop of recis.tagger.distil: each round a fresh model learns the pool of that round.
+
+    Words outside the pool's spans are unknown, spans that overlap them are spoken against, and the score with which a span
+    entered the pool is how far it is believed.
+    """
+
+    def __init__(self, types: Sequence[str], config: NeuralConfig, *, tokenizer: str = TOKENIZER) -> None:
+        self.types, self.config, self.tokenizer = tuple(types), config, tokenizer
+        self.model: TaggerModel | None = None
+        """Of the last round."""
+
+    def fit(self, texts: Sequence[Text], spans: Sequence[Sequence[Span]]) -> None:
+        """Train a model on spans.
+
+        Raises:
+            ValueError: there are no texts with words.
+        """
+        self.model = TaggerModel(self.types, self.config, tokenizer=self.tokenizer)
+        train(self.model, examples_of(self.model, texts, spans, outside_known=False, soft=True))
+
+    def predict(self, texts: Sequence[Text]) -> list[list[Span]]:
+        """Return the spans of each text.
+
+        Raises:
+            RuntimeError: nothing was learnt yet.
+        """
+        if self.model is None:
+            raise RuntimeError("a pool tagger has no model yet: fit comes before predict")
+        return self.model.tag_texts(texts)
 
 
 def _windows(model: TaggerModel, example: Example) -> Iterator[_Piece]:
@@ -121,7 +159,7 @@ def _windows(model: TaggerModel, example: Example) -> Iterator[_Piece]:
 
 def _step(model: TaggerModel, batch: Sequence[_Piece], optimizer: torch.optim.Optimizer, clip: float) -> float:
     emissions, lengths = model.emissions([piece.words for piece in batch], [piece.pieces for piece in batch])
-    allowed = nn.utils.rnn.pad_sequence([piece.allowed for piece in batch], batch_first=True, padding_value=1.0).bool()
+    allowed = _side_by_side([piece.allowed for piece in batch])
     weights = torch.tensor([piece.weight for piece in batch])
     losses = model.crf.loss(emissions, lengths, allowed) * weights
     optimizer.zero_grad(set_to_none=True)
@@ -129,6 +167,14 @@ def _step(model: TaggerModel, batch: Sequence[_Piece], optimizer: torch.optim.Op
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return float(losses.sum().detach())
+
+
+def _side_by_side(allowed: Sequence[Tensor]) -> Tensor:
+    """Return [B, T, K]: bool where all are, else soft labels; what lies behind a text's end may be anything."""
+    if all(tags.dtype == torch.bool for tags in allowed):
+        return nn.utils.rnn.pad_sequence(list(allowed), batch_first=True, padding_value=1.0).bool()
+    soft = [tags if tags.is_floating_point() else torch.where(tags, 0.0, FORBIDDEN) for tags in allowed]
+    return nn.utils.rnn.pad_sequence(soft, batch_first=True)
 
 
 def _groups(model: TaggerModel, config: NeuralConfig) -> list[dict[str, object]]:

@@ -155,6 +155,23 @@ def test_verdicts():
     assert verdicts(explain(no_category, QUERY, ITEM_X)).category is None
 
 
+def test_what_only_doubtful_tags_say_is_unknown_and_no_miss():
+    model = model_of()
+    model.thresholds = VerdictThresholds(ok=0.7, match=0.99, near=0.9)
+
+    def said(*colours, **floor):
+        item = Item(id="x", entities=(SCHEMA.entity("brand", "nike"), *colours))
+        return verdicts(explain(model, QUERY, item, query_types=("colour",)), **floor).attributes["colour"]
+
+    doubtful = SCHEMA.entity("colour", "red", source="tagger", conf=0.6)
+    assert said(doubtful) == "miss"
+    assert said(doubtful, tagger_floor=0.9) == "unknown"
+    assert said(doubtful, tagger_floor=0.6) == "miss"  # at the floor it counts
+    assert said(SCHEMA.entity("colour", "red", conf=0.6), tagger_floor=0.9) == "miss"  # the catalogue is believed
+    sure = SCHEMA.entity("colour", "black", source="tagger", conf=0.95)
+    assert said(doubtful, sure, tagger_floor=0.9) == said(doubtful, sure) == "ok"  # one sure value is enough
+
+
 @pytest.mark.parametrize(
     "trial",
     [

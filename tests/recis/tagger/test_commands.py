@@ -8,11 +8,13 @@ import pytest
 import tagger_titles
 
 from recis.cli import main
-from recis.ebrm.entities import EntitySchema, TypeConfig
+from recis.ebrm import EBRM, EBRMConfig, QEScorer
+from recis.ebrm.entities import EntitySchema, Item, TypeConfig
 from recis.tagger.check import check
 from recis.tagger.combine import combine, load_tagger
 from recis.tagger.entities import to_entities
 from recis.tagger.evaluate import bio_labels
+from recis.tagger.impact import relevance_changes, tagged_item
 from recis.tagger.io import Labelled, load_labelled, load_pool, load_rules, load_texts, load_types, save_rules
 from recis.tagger.rules import RuleSet, RuleTagger, Span, surface_rule
 from recis.tagger.text import tokenize
@@ -171,3 +173,58 @@ def test_spans_become_entities_of_a_schema():
         to_entities(spans, schema, types=table)
     with pytest.raises(ValueError, match="type 'Brand' leads to no type of the schema"):
         to_entities(spans, schema)
+
+
+SHOES = EntitySchema(types=(TypeConfig(name="brand"), TypeConfig(name="colour")))
+LOGITS = {"brand:nike": 4.0, "brand:puma": -4.0, "brand:none": -2.0, "colour:red": 3.0, "colour:none": 2.9}
+
+
+def shoes_model() -> EBRM:
+    return EBRM(EBRMConfig(schema=SHOES), QEScorer.table({("nike", name): logit for name, logit in LOGITS.items()}))
+
+
+def test_items_whose_relevance_changes_are_listed_largest_change_first():
+    old = RuleTagger(RuleSet(schema=("make", "colour"), rules=(surface_rule("make", "puma"),)))
+    new = RuleTagger(
+        RuleSet(
+            schema=("make", "colour"),
+            rules=(surface_rule("make", "nike", precision=0.9), surface_rule("colour", "red")),
+        )
+    )
+    types = {"make": "brand", "colour": "colour"}
+    stated = (SHOES.entity("brand", "nike"),)
+    items = [Item(id="a", title="nike red"), Item(id="b", title="puma"), Item(id="c", title="red", entities=stated)]
+    before, after = ([tagged_item(item, rules.tag, SHOES, types=types) for item in items] for rules in (old, new))
+    assert [entity.id for entity in after[0].entities] == ["brand:nike", "colour:red"]
+    assert [entity.conf for entity in after[0].entities] == [0.9, 1.0]
+    assert after[2].entities[0].source == "catalog"  # what the catalogue says stays
+    model = shoes_model()
+    changes = relevance_changes(model, ["nike"], before, after)
+    assert [(change.query, change.item_id) for change in changes] == [("nike", "a"), ("nike", "b")]
+    assert changes[0].before == pytest.approx(float(model.score("nike", [before[0]]).r[0]))
+    assert changes[0].after > changes[0].before + 0.5
+    assert relevance_changes(model, ["nike"], before, before) == []
+    # red for item c moves its r by 0.004 only: below 0.05, but there
+    assert {change.item_id for change in relevance_changes(model, ["nike"], before, after, least=0.001)} == set("abc")
+    with pytest.raises(ValueError, match="must be the same items in one order; got 3 and 2"):
+        relevance_changes(model, ["nike"], before, after[:2])
+
+
+def test_diff_with_an_ebrm(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EBRM, "load", staticmethod(lambda folder: shoes_model()))
+    old = RuleSet(schema=("brand",), rules=(surface_rule("brand", "puma"),))
+    save_rules(old, "old.json")
+    save_rules(RuleSet(schema=("brand",), rules=(*old.rules, surface_rule("brand", "nike"))), "new.json")
+    lines = [json.dumps(Item(id=name, title=f"{name} cap").to_json()) for name in ("nike", "puma")]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    (tmp_path / "queries.txt").write_text("nike\n\n")
+    asked = ["tag", "diff", "old.json", "new.json", "--ebrm", "run"]
+    assert main([*asked, "--items", "items.jsonl", "--queries", "queries.txt"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("'nike', item nike: r 0.11")
+    assert told[-1] == "1 of 2 pairs of query and item change r by more than 0.05"
+    assert main(asked) != 0
+    assert "diff --ebrm needs --items FILE and --queries FILE" in capsys.readouterr().err
+    assert main(["tag", "diff", "old.json", "new.json"]) != 0
+    assert "diff needs --texts FILE" in capsys.readouterr().err

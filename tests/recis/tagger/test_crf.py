@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from recis.tagger.crf import LinearChainCRF, bio_tags, is_broken
+from recis.tagger.crf import FORBIDDEN, LinearChainCRF, bio_tags, is_broken
 
 TAGS = bio_tags(("a", "b"))
 
@@ -72,6 +72,20 @@ def test_all_tags_allowed_costs_nothing_and_pulls_nowhere():
     assert float(loss) == pytest.approx(0, abs=1e-6)
     assert emissions.grad is not None
     assert float(emissions.grad.abs().max()) < 1e-6
+
+
+def test_soft_labels_weigh_every_path():
+    crf = random_crf(4)
+    emissions, soft = torch.randn(1, 3, len(TAGS)), -torch.rand(1, 3, len(TAGS)) * 3
+    paths = all_paths(crf, emissions[0])
+    weighed = [score + sum(float(soft[0, t, tag]) for t, tag in enumerate(path)) for path, score in paths.items()]
+    total = torch.tensor(list(paths.values())).logsumexp(0) - torch.tensor(weighed).logsumexp(0)
+    assert float(crf.loss(emissions, torch.tensor([3]), soft)) == pytest.approx(float(total), rel=1e-5)
+    hard = torch.rand(1, 3, len(TAGS)) < 0.5
+    hard[..., 0] = True
+    as_soft = torch.where(hard, 0.0, FORBIDDEN)
+    lengths = torch.tensor([3])
+    assert float(crf.loss(emissions, lengths, hard)) == pytest.approx(float(crf.loss(emissions, lengths, as_soft)))
 
 
 def test_gradients_agree_with_differences():

