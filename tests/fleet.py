@@ -7,11 +7,9 @@ one test, which shows that the two do alike.
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +29,12 @@ class RankDone:
 
 
 class FleetJob:
-    """A job that runs: the process ids of its ranks, to be killed or stopped, and its end."""
+    """A job that runs: the process ids of its ranks, and its end."""
 
     def __init__(self, fleet: "Fleet", folder: Path, pids: list[int]) -> None:
         self._fleet, self._folder, self.pids = fleet, folder, pids
 
-    def signal(self, rank: int, number: int) -> None:
-        """Send a signal to one rank."""
-        os.kill(self.pids[rank], number)
-
-    def wait(self, timeout_s: float = 60.0) -> list[RankDone]:
+    def wait(self, timeout_s: float = 400.0) -> list[RankDone]:
         """Return how the ranks ended. One that is left when another has failed gets SIGTERM, as torchrun sends it.
 
         Raises:
@@ -127,7 +121,7 @@ class Fleet:
         pids = self.ask({"start": ranks, "folder": str(folder), "call": call})
         return FleetJob(self, folder, pids)
 
-    def run(self, world_size: int, argv: Sequence[Any], *, timeout_s: float = 60.0, **options: Any) -> list[RankDone]:
+    def run(self, world_size: int, argv: Sequence[Any], *, timeout_s: float = 400.0, **options: Any) -> list[RankDone]:
         """Start a job and return how its ranks ended."""
         return self.start(world_size, argv, **options).wait(timeout_s)
 
@@ -135,17 +129,3 @@ class Fleet:
         """End the helper."""
         self._socket.close()
         self._process.wait(10)
-
-
-def kill(pid: int) -> None:
-    """Kill a process like a lost machine would."""
-    os.kill(pid, signal.SIGKILL)
-
-
-def until(condition: Any, timeout_s: float = 30.0) -> None:
-    """Wait until condition() holds."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError("the awaited condition did not come true")
-        time.sleep(0.005)

@@ -201,6 +201,7 @@ def required_words() -> dict[str, set[str]]:
         | classes_of("recis.embedding")
         - {"RowStore", "TableSnapshot", "Initializer", "Admission", "Eviction", "Pooling"},
         "optimizers": classes_of("recis.optim") - {"RowOptimizer", "Schedule"},
+        "scale": fields_of("recis.distributed.config", "Parallel"),
         "training": fields_of("recis.trainer.config", "TrainConfig", "Monitor", "InitFrom")
         | {"Logger", "EarlyStop", "Checkpoint", "Evict", "TensorBoard", "Profiler", "Progress"},
         "checkpoints": fields_of("recis.checkpoint.manifest", "Manifest"),

@@ -33,7 +33,8 @@ def sum_of_squares(ranks: Ranks, squares: Tensor, what: str) -> Tensor:
     low = np.floor(np.ldexp(scaled - high, _BITS))
     limbs = torch.tensor([int(high.astype(np.int64).sum()), int(low.astype(np.int64).sum())])
     summed = ranks.total(limbs, what)
-    return torch.tensor(math.ldexp((int(summed[0]) << _BITS) + int(summed[1]), exponent - 2 * _BITS)).double()
+    whole = (int(summed[0]) << _BITS) + int(summed[1])
+    return torch.tensor(math.ldexp(whole, exponent - 2 * _BITS), dtype=torch.float64)
 
 
 def lowest_of_all(ranks: Ranks, scores: Tensor, last_seen: Tensor, ids: Tensor, num_rows: int, what: str) -> Tensor:

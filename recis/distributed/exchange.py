@@ -131,8 +131,8 @@ class TableExchange:
 
     def _exchange_counts(self, counts: Tensor) -> Tensor:
         """Return pairs from each rank of each table, int64 [W, T]."""
-        ones = [1] * self._ranks.world_size
-        return self._ranks.all_to_all(counts.contiguous(), ones, ones, f"numbers of ids for {self._name}")
+        every = self._ranks.all_gather(counts, f"numbers of ids for {self._name}")
+        return every[:, self._ranks.rank].contiguous()
 
     def _exchange_ids(self, ids: Tensor, counts: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
         """Return the ids and sightings that all ranks have for this one.

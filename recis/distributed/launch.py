@@ -120,6 +120,7 @@ class Job:
         self.ranks = Ranks(
             self.rank, self.world_size, store=self.store, group=group, saving=saving, timeout_s=timeout_s
         )
+        self.ranks.use_shared_memory()
         return self.ranks
 
     def meet(self) -> None:
@@ -211,10 +212,11 @@ def joined(*, timeout_s: float = JOIN_TIMEOUT_S) -> Iterator[Job | None]:
     job: Job | None = None
     try:
         job = Job(rank, world_size, _store(rank, address, port, timeout_s), timeout_s)
-        signal.signal(signal.SIGTERM, _stop)  # torchrun sends it to all ranks when one has failed
+        before = signal.signal(signal.SIGTERM, _stop)  # torchrun sends it to all ranks when one has failed
         job.meet()
         yield job
         job.close()
+        signal.signal(signal.SIGTERM, before)
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes a moment and ends the process anyhow
         _give_up(job, rank, error)
