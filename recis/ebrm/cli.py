@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recis.ebrm.serve import add_serve_arguments, run_serve
+from recis.ebrm.train_command import add_train_arguments, run_train
 from recis.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from recis.ebrm.datasets import EvalSet, TrainingSet
+    from recis.ebrm.datasets import EvalSet
     from recis.ebrm.entities import Item
     from recis.ebrm.model import EBRM
 
@@ -26,7 +27,9 @@ def add_ebrm(commands: Any) -> None:
     text = "Relevance of items to queries from their entities: train, evaluate, score, explain, overrule, precompute."
     ebrm = commands.add_parser("ebrm", help=text, description=text)
     below = ebrm.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_train(below)
+    text = "Train a model: first on (query, entity) pairs, then on (query, item) pairs."
+    add_train_arguments(_add(below, "train", run_train, text))
+    _add_demo(below)
     command = _add(below, "eval", _eval, "Measure a model on graded pairs, or on a file of offers that it never saw.")
     _add_model(command)
     command.add_argument(
@@ -53,23 +56,23 @@ def add_ebrm(commands: Any) -> None:
     add_serve_arguments(_add(below, "serve", run_serve, "Serve a model over HTTP, with a page for people."))
 
 
-def _add_train(below: Any) -> None:
-    command = _add(
-        below, "train", _train, "Train a model: first on (query, entity) pairs, then on (query, item) pairs."
+def _add_demo(below: Any) -> None:
+    text = (
+        "Train on a generated catalogue, compare with other models, explain and overrule a score, and serve the model."
     )
-    command.add_argument(
-        "--data", type=Path, metavar="PATH", help="Parquet of offers, or a folder of JSON lines (default: generated)"
-    )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    command.add_argument("--scorer", default="small", help="small, minilm, or the folder of a Hugging Face encoder")
-    command.add_argument("--fast", action="store_true", help="compare codes and numbers instead of encoding them")
-    command.add_argument("--logic", choices=("product", "goedel", "lukasiewicz"), default="product")
-    command.add_argument("--no-pretraining", action="store_true", help="leave the first stage out")
-    command.add_argument("--pretrain-epochs", type=int, default=3)
-    command.add_argument("--epochs", type=int, default=3, help="of the second stage (default 3)")
-    command.add_argument("--lr", type=float, help="default: 3e-4 for small, 3e-5 for pretrained encoders")
-    command.add_argument("--queries", type=int, help="train queries, of offers or generated (default: 12000 or 600)")
+    command = _add(below, "demo", _demo, text)
+    command.add_argument("--out", type=Path, default=Path("runs/ebrm_demo"), metavar="DIR", help="a new folder")
+    command.add_argument("--serve", action=argparse.BooleanOptionalAction, default=True, help="serve at the end")
+    command.add_argument("--port", type=int, default=8080, help="of the page; 0 takes a free one (default 8080)")
+    command.add_argument("--queries", type=int, help="generated, of all parts (default 600)")
+    command.add_argument("--epochs", type=int, default=1, help="of the second stage (default 1)")
     command.add_argument("--seed", type=int, default=0)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from recis.ebrm.demo import run_demo
+
+    return run_demo(args)
 
 
 def _add_override(below: Any) -> None:
@@ -100,43 +103,6 @@ def _add_model(command: argparse.ArgumentParser, *, query: bool = False) -> None
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder that `train` wrote")
     if query:
         command.add_argument("--query", required=True)
-
-
-def _train(args: argparse.Namespace) -> int:
-    from recis.ebrm.descent import StepConfig
-    from recis.ebrm.runs import FRESH_LR, PRETRAINED_LR, RunConfig, fit_model, save_run
-    from recis.ebrm.train import QIConfig
-
-    if args.out.exists() and any(args.out.iterdir()):
-        raise ConfigError(f"--out {args.out} is not empty; give a new folder")
-    lr = args.lr or (FRESH_LR if args.scorer == "small" else PRETRAINED_LR)
-    first = StepConfig(epochs=args.pretrain_epochs, lr=lr, seed=args.seed)
-    config = RunConfig(
-        scorer=args.scorer,
-        fast=args.fast,
-        logic=args.logic,
-        pretrain=None if args.no_pretraining else first,
-        train=QIConfig(epochs=args.epochs, lr=lr, seed=args.seed),
-        seed=args.seed,
-    )
-    data = _training_set(args.data, args.queries, args.seed)
-    trained = fit_model(data, config, say=print)
-    save_run(trained, data, config, args.out)
-    best = trained.history.best
-    print(f"{args.out}: model {trained.model.version}, dev ROC-AUC {best.dev_roc_auc:.4f} at step {best.step}")
-    return OK
-
-
-def _training_set(path: Path | None, num_queries: int | None, seed: int) -> "TrainingSet":
-    from recis.ebrm.datasets import folder_set, offers_set, synthetic_set
-    from recis.ebrm.pricerunner import NUM_QUERIES
-    from recis.ebrm.synthetic import SyntheticConfig, make_data
-
-    if path is None:
-        return synthetic_set(make_data(SyntheticConfig(num_queries=num_queries or 600, seed=seed)))
-    if path.is_dir():
-        return folder_set(path)
-    return offers_set(path, num_queries={**NUM_QUERIES, "train": num_queries or NUM_QUERIES["train"]}, seed=seed)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from recis.errors import ConfigError
 class ComposeConfig:
     """How many queries to compose, and of what."""
 
-    num_queries: int = 2_000
+    num_queries: int = 1_200
     name_share: float = 0.35
     """Chance of each type of the item to be named; the category is named nine times in ten."""
     either_share: float = 0.15

@@ -182,8 +182,8 @@ def offers_items(path: str | Path, known: Dictionaries) -> list[Item]:
     ]
 
 
-def folder_set(folder: str | Path) -> TrainingSet:
-    """Return what a folder of JSONL files holds.
+def folder_set(folder: str | Path, *, composed: ComposeConfig | None = COMPOSED) -> TrainingSet:
+    """Return what a folder of JSONL files holds; `composed` as for `synthetic_set`.
 
     Raises:
         ConfigError: a file is missing.
@@ -204,7 +204,7 @@ def folder_set(folder: str | Path) -> TrainingSet:
     used = [*names, *(["qe.jsonl"] if has_qe else []), *(["clicks.jsonl"] if has_clicks else [])]
     return TrainingSet(
         schema=schema,
-        qe_rows=rows + rows_from_logs(train, schema, clicks),
+        qe_rows=rows + rows_from_logs(train, schema, clicks, composed=composed),
         train=train,
         dev=dev,
         hashes={name: sha256_of(home / name) for name in used},

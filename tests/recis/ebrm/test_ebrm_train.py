@@ -107,10 +107,12 @@ def test_a_huge_gradient_of_the_relaxation_leaves_the_others_alone():
 
 def test_a_step_is_seen_by_the_cache_of_scores():
     model = model_of()
-    before, version = model.scorer.u.detach().clone(), model.version
-    descent = Descent(model.scorer.parameters(), [], StepConfig(lr=0.1), num_steps=1)
+    scorer = model.scorer
+    assert isinstance(scorer, Bilinear)
+    before, version = scorer.u.detach().clone(), model.version
+    descent = Descent(scorer.parameters(), [], StepConfig(lr=0.1), num_steps=1)
     descent.step(model.qe_logits([("lg tv", "brand:lg")]).sum())
-    assert not torch.equal(model.scorer.u, before)
+    assert not torch.equal(scorer.u, before)
     assert model.version != version
 
 
