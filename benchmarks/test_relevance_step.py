@@ -140,7 +140,7 @@ def test_step(benchmark, made, tmp_path, name):
         case=f"{name} {ROWS} completions",
         ours="ours",
         impls=impls,
-        rounds=8,
+        rounds=4,
         targets={"trl": 1 / (1.10 * positions)},
         extra={"positions_over_trl": positions},
     )

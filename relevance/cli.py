@@ -80,9 +80,9 @@ def _train(args: argparse.Namespace) -> int:
     try:
         final = recipe_function(args.recipe)(run)
     except OutOfTime as stopped:
-        print(f"{stopped}: --out {out}")
+        _say(f"{stopped}: --out {out}")
         return PARTLY
-    print(f"model: {final}\ncurves: {out / 'curves.html'}")
+    _say(f"model: {final}\ncurves: {out / 'curves.html'}")
     return OK
 
 
@@ -210,7 +210,10 @@ def _quiet_libraries() -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    from relevance.ranks import is_main
+
+    if is_main():
+        print(line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

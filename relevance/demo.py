@@ -16,22 +16,23 @@ from relevance.serve import Scorer
 from relevance.training_run import FINAL, RUN_NAME, open_run
 
 SETTINGS = (
-    "catalog.num_train=2400",
+    "catalog.num_train=3200",
     "catalog.num_dev=160",
     "catalog.num_test=320",
-    "prompt.max_rules=4",
+    "prompt.max_rules=2",
     "model.num_layers=3",
     "model.hidden_size=128",
     "model.vocab_size=1280",
-    "sft.num_epochs=3",
-    "sft.learning_rate=3e-3",
-    "sft.batch_rows=32",
+    "sft.num_epochs=4",
+    "sft.learning_rate=2e-3",
+    "sft.micro_rows=16",
+    "sft.batch_rows=16",
     "rl.max_steps=12",
     "rl.learning_rate=1e-4",
     "rl.max_completion_tokens=56",
     "rl.refill_rounds=1",
     "engine.sample_every=0",
-    "engine.save_steps=25",
+    "engine.save_steps=200",
 )
 SHOWN = (
     ("macro_f1", "macro-F1 of labels"),

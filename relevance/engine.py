@@ -24,6 +24,7 @@ from relevance.config import SftConfig as SftSettings
 from relevance.files import Preference
 from relevance.grader import RolloutJob
 from relevance.language_model import LanguageModel
+from relevance.ranks import is_main, main_first, on_cpu
 from relevance.run_log import LOG_NAME, append_log, cut_log
 from relevance.tiny import ModelConfig
 from relevance.token_head import use_token_head
@@ -370,6 +371,7 @@ def _common(stage: Stage, learning_rate: float, warmup_share: float, max_grad_no
         "save_total_limit": engine.keep,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
+        "use_cpu": on_cpu(),
         "report_to": "none",
         "disable_tqdm": True,
         "seed": stage.seed,
@@ -384,8 +386,10 @@ def _run(trainer: Any, lm: LanguageModel, stage: Stage) -> Path:
         if isinstance(callback, SampleFiles):
             callback.trainer = trainer
     _quiet(trainer)
-    found = last_complete(stage.folder)
-    cut_log(stage.folder / LOG_NAME, 0 if found is None else trainer_step(found[0]))
+    with main_first():
+        found = last_complete(stage.folder)
+        if is_main():
+            cut_log(stage.folder / LOG_NAME, 0 if found is None else trainer_step(found[0]))
     if found is not None and isinstance(trainer, RelevanceGRPOTrainer):
         trainer.restore(found[1])
     trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))
@@ -394,9 +398,9 @@ def _run(trainer: Any, lm: LanguageModel, stage: Stage) -> Path:
             f"{stage.folder.name}: time is up at step {trainer.state.global_step} of {trainer.state.max_steps}; "
             "the same command with --resume goes on"
         )
+    part = stage.folder / f"{FINAL}.part"
+    trainer.save_model(str(part))  # of all ranks: FSDP and ZeRO gather here
     if trainer.accelerator.is_main_process:
-        part = stage.folder / f"{FINAL}.part"
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part)
         lm.tokenizer.save_pretrained(part)
         part.rename(stage.final)
     trainer.accelerator.wait_for_everyone()

@@ -138,7 +138,7 @@ def known_settings(config: Any, settings: Sequence[str]) -> list[str]:
         for part in setting.partition("=")[0].split("."):
             owner = getattr(owner, part, _Missing)
         if owner is not _Missing:
-            override(config, [setting])  # a wrong value is an error all the same
+            config = override(config, [setting])  # a wrong value is an error all the same
             kept.append(setting)
     return kept
 

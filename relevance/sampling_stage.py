@@ -15,6 +15,7 @@ from recis.errors import DataError
 from relevance.data import Pair
 from relevance.files import Sample, from_json
 from relevance.language_model import LanguageModel
+from relevance.ranks import main_first
 from relevance.rollouts import SamplingConfig, sample_completions
 from relevance.task import Task
 from relevance.training_run import TrainingRun
@@ -46,9 +47,24 @@ def sample_stage(
     Raises:
         OutOfTime: the time limit came first.
     """
+    path = run.folder / f"{name}.jsonl"
+    with main_first():  # the others read what rank 0 has sampled
+        return _sampled(run, lm, task, pairs, name, path, num_samples=num_samples, config=config)
+
+
+def _sampled(
+    run: TrainingRun[Any],
+    lm: LanguageModel,
+    task: Task,
+    pairs: Sequence[Pair],
+    name: str,
+    path: Path,
+    *,
+    num_samples: int,
+    config: SamplingConfig,
+) -> Mapping[str, list[Sample]]:
     from relevance.engine import Limits
 
-    path = run.folder / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _read_chunks(path, num_samples)
     limits = Limits(deadline=run.deadline)

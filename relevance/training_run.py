@@ -30,6 +30,7 @@ from relevance.data import Pair, check_missing
 from relevance.files import sha256_of
 from relevance.language_model import LanguageModel, load_language_model, model_hash, wrap
 from relevance.oracle import oracle
+from relevance.ranks import is_main, main_first
 from relevance.rules import RuleBase
 from relevance.run_log import write_curves
 from relevance.task import Task, catalog_task, file_task
@@ -88,14 +89,15 @@ class TrainingRun(Generic[Config]):
         if self.model_path is not None:
             return self.load(self.model_path)
         folder = self.folder / "base"
-        if not (folder / "config.json").exists():
-            train = self.task.train[:4000]  # enough to meet every word of the catalogue
-            texts = [self.task.prompt(pair) for pair in train] + [self.rationale(pair) for pair in train]
-            rules = self.task.rule_ids if isinstance(self.task.rule_ids, frozenset) else ()
-            part = make_tiny(
-                folder.with_name("base.part"), texts, self.config.model, rule_ids=rules, seed=self.config.seed
-            )
-            part.rename(folder)
+        with main_first():
+            if not (folder / "config.json").exists():
+                train = self.task.train[:4000]  # enough to meet every word of the catalogue
+                texts = [self.task.prompt(pair) for pair in train] + [self.rationale(pair) for pair in train]
+                rules = self.task.rule_ids if isinstance(self.task.rule_ids, frozenset) else ()
+                part = make_tiny(
+                    folder.with_name("base.part"), texts, self.config.model, rule_ids=rules, seed=self.config.seed
+                )
+                part.rename(folder)
         return self.load(folder)
 
     def rationale(self, pair: Pair, *, with_chunk: bool | None = None) -> str:
@@ -134,6 +136,13 @@ class TrainingRun(Generic[Config]):
 
     def finish(self, final: Path, *, with_b: bool = True) -> Path:
         """Fit b on dev pairs, write grader.json and the curves, and link the model as `final`."""
+        link = self.folder / FINAL
+        with main_first():
+            if is_main():
+                self._write_final(final, link, with_b=with_b)
+        return link
+
+    def _write_final(self, final: Path, link: Path, *, with_b: bool) -> None:
         lm = self.load(final)
         settings = {
             "recipe": self.recipe,
@@ -159,12 +168,10 @@ class TrainingRun(Generic[Config]):
             settings["b_cum"] = fit_cumpt(probs, torch.tensor([pair.label for pair in labelled])).b
         settings["model"] = model_hash(final)
         write_json(final / GRADER_NAME, settings)
-        link = self.folder / FINAL
         if link.is_symlink():
             link.unlink()
         link.symlink_to(final.resolve().relative_to(self.folder.resolve()))
         write_curves(self.folder, title=f"relevance train {self.recipe}")
-        return link
 
 
 _PARTS = {"category": "category", "attributes": "attribute", "rule": "rule"}
@@ -225,7 +232,7 @@ def open_run(
     else:
         rules = own.rules or ("catalog" if task.hidden_steps else "none")
     task.part("train")
-    if not out.exists() or not (out / RUN_NAME).exists():
+    if is_main() and not (out / RUN_NAME).exists():
         write_json(out / RUN_NAME, asked | {"config": to_json(own), "data_hash": digest})
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     return TrainingRun(
@@ -267,6 +274,8 @@ def find_rules(name: str) -> RuleBase | None:
 def _asked(out: Path, asked: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     """Return what is asked for, completed by the run that is there."""
     path = out / RUN_NAME
+    if not is_main() and not resume:  # rank 0 checks the folder; it may have written into it already
+        return asked
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"--out {out}: the folder is not empty and holds no run; name another one")

@@ -289,3 +289,11 @@ class TestCommands:
         task = file_task(out, profile="compact")
         assert (len(task.train), len(task.dev), len(task.test)) == (16, 8, 8)
         assert task.train[0].chunk is not None
+
+    def test_out_of_memory_says_what_to_lower(self, monkeypatch, capsys):
+        def full(args):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr("relevance.cli._curves", full)
+        assert main(["curves", "x"]) == 1
+        assert "lower engine.per_device_rows" in capsys.readouterr().err

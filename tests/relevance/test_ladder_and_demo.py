@@ -1,0 +1,166 @@
+"""The ladder runs its cells once and reports them; the demo prints before and after; two ranks agree on every weight."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_lm import MICRO, MICRO_RL, load_micro
+
+from recis.errors import ConfigError
+from relevance.demo import SHOWN, run_demo
+from relevance.ladder import cells_of, find_preset, known_settings, run_ladder
+from relevance.ladder_rows import PRESETS, ROWS, Preset
+from relevance.methods import own_reward
+from relevance.recipes import RECIPES, default_config
+from relevance.reward_calls import RewardError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[2]
+TINY = Preset(
+    name="tiny",
+    rows=("sft", "grpo", "dyknow"),
+    seeds=(0,),
+    settings=(*MICRO_RL, "rl.max_steps=1", "dyknow.pool.size=16"),
+    num_test=16,
+    num_texts=2,
+)
+
+
+def quiet(line):
+    """Say nothing."""
+
+
+class TestRows:
+    def test_every_row_can_be_configured_and_starts_from_a_row(self):
+        from recis.trainer.override import override
+
+        for row in ROWS.values():
+            assert row.recipe in RECIPES
+            override(default_config(row.recipe), row.settings)
+            assert row.start is None or ROWS[row.start].start is None
+
+    def test_starts_come_first_and_presets_know_their_rows(self):
+        names = [cell.name for cell in cells_of(PRESETS["quick"], ("agrl", "dyknow"))]
+        assert names == ["sft-s0", "agrl-s0", "sft_rag-s0", "dyknow-s0"]
+        assert len(cells_of(PRESETS["full"])) == 3 * len(ROWS)
+        with pytest.raises(ConfigError, match="agrl"):
+            cells_of(PRESETS["quick"], ("agrll",))
+        with pytest.raises(ConfigError, match="quick"):
+            find_preset("quik")
+
+    def test_settings_that_a_recipe_lacks_are_left_out_and_wrong_values_refused(self):
+        config = default_config("sft")
+        assert known_settings(config, ["rl.max_steps=3", "sft.num_epochs=1"]) == ["sft.num_epochs=1"]
+        with pytest.raises(ConfigError):
+            known_settings(config, ["sft.num_epochs=many"])
+
+
+def test_cells_run_once_and_the_table_has_their_numbers(tmp_path):
+    out, said = tmp_path / "ladder", []
+    left = run_ladder(TINY, out, deadline=time.monotonic() - 1, say=said.append)
+    assert [cell.name for cell in left] == ["sft-s0", "grpo-s0", "sft_rag-s0", "dyknow-s0"]
+    assert run_ladder(TINY, out, say=said.append) == []
+    report = json.loads((out / "ladder.json").read_text())
+    rows = {row["row"]: row for row in report["rows"]}
+    assert list(rows) == ["majority", "sft", "grpo", "sft_rag", "dyknow"]
+    for row in rows.values():
+        assert row["macro_f1"]["low"] <= row["macro_f1"]["high"]
+    assert rows["grpo"]["tokens"] > 0
+    assert {"with_chunk", "without_chunk", "random_chunk", "by_kind"} <= rows["dyknow"].keys()
+    assert "over_sft" in rows["grpo"]
+    assert "over_sft" not in rows["sft"]
+    assert "| + GRPO |" in (out / "ladder.md").read_text()
+    assert "<circle" in (out / "ladder.html").read_text()
+    said.clear()
+    assert run_ladder(TINY, out, say=said.append) == []
+    assert said == []
+
+
+def test_demo_prints_before_after_and_three_judgements(tmp_path):
+    said = []
+    reports = run_demo(tmp_path / "demo", settings=[*MICRO_RL, "rl.max_steps=1"], say=said.append)
+    text = "\n".join(said)
+    assert all(title in text for _, title in SHOWN)
+    assert text.count("because") == 3
+    assert reports["before"].keys() == reports["after"].keys()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(ConfigError, match="holds no demo"):
+        run_demo(tmp_path / "other", say=quiet)
+
+
+class TestOwnReward:
+    def test_what_raises_or_hangs_is_named(self):
+        def broken(parsed, pairs):
+            raise KeyError("clicks")
+
+        def endless(parsed, pairs):
+            time.sleep(5)
+            return torch.zeros(len(pairs))
+
+        with pytest.raises(RewardError, match="reward 'clicks' raised KeyError"):
+            own_reward("clicks", broken)([], [])
+        with pytest.raises(RewardError, match=r"gave no answer within 0\.05 s"):
+            own_reward("slow", endless, timeout_s=0.05)([], [])
+
+    def test_its_numbers_are_the_reward(self):
+        rewards = own_reward("half", lambda parsed, pairs: torch.full((len(pairs),), 0.5))([], [])
+        assert rewards.total.shape == (0,)
+
+
+RANK = """
+import json, sys, warnings
+from pathlib import Path
+warnings.filterwarnings("ignore")
+from relevance.cli import main
+from relevance.trainer import RelevanceGRPOTrainer
+
+train = RelevanceGRPOTrainer.train
+
+def recorded(self, *args, **kwargs):
+    out = train(self, *args, **kwargs)
+    sums = [repr(float(p.double().sum())) for p in self.accelerator.unwrap_model(self.model).parameters()]
+    Path(self.args.output_dir, f"weights-rank-{self.accelerator.process_index}.json").write_text(json.dumps(sums))
+    return out
+
+RelevanceGRPOTrainer.train = recorded
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_replay_and_refill_alike_and_end_with_the_same_weights(tmp_path):
+    """A recipe with uneven needs per rank, two processes over gloo: each rank's weights after every step are one model's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = [*MICRO, "rl.num_generations=4", "rl.prompts_per_step=8", "rl.max_completion_tokens=6", "rl.max_steps=2",
+                "replay.tau=1", "engine.save_steps=1", "sft.num_epochs=0.2"]  # fmt: skip
+    flags = [text for setting in settings for text in ("--set", setting)]
+    command = [sys.executable, "-c", RANK, "train", "agrl", "--out", str(tmp_path / "run"), *flags, "--debug"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    log = [json.loads(line) for line in (tmp_path / "run" / "rl" / "train.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2]
+    model = load_micro(tmp_path / "run" / "rl" / "final").model
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    sums = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "rl").glob("weights-rank-*.json"))]
+    assert len(sums) == 2
+    assert sums[0] == sums[1]
