@@ -63,10 +63,10 @@ class StateFile:
         """Return the tokens [L] of texts [L]."""
         return self.starts[texts + 1] - self.starts[texts]
 
-    def read(self, texts: Tensor) -> Tensor:
-        """Return states [L, T, H] float32 of texts [L], T the longest of them, zeros behind the others."""
+    def read(self, texts: Tensor, width: int) -> Tensor:
+        """Return states [L, width, H] float32 of texts [L], none longer than width; zeros behind each."""
         lengths = self.lengths(texts)
-        places = torch.arange(int(lengths.max()) if len(texts) else 0)
+        places = torch.arange(width)
         inside = places < lengths[:, None]
         rows = torch.where(inside, self.starts[texts][:, None] + places, 0)
         return self.states[rows].float() * inside[:, :, None]
@@ -206,8 +206,8 @@ class CutTower(TextTower):
         trains = torch.is_grad_enabled() and (self.trains_backbone or self.pooling_trains)
         limit = self.config.micro_batch_tokens
 
-        def run(chosen: Tensor, lengths: Tensor) -> Tensor:
-            states = self.file.read(texts[chosen]).to(device)
+        def run(chosen: Tensor, lengths: Tensor, width: int) -> Tensor:
+            states = self.file.read(texts[chosen], width).to(device)
             return self._from_states(states, lengths.to(device))
 
         with nullcontext() if trains else torch.no_grad():

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from recis.towers.batching import length_batches
 
 Run = Callable[[Tensor, Tensor], Tensor]
+RunPass = Callable[[Tensor, Tensor, int], Tensor]
+WIDTH_STEP, ROW_STEP = 4, 64
 
 
 def in_passes(run: Run, ids: Tensor, lengths: Tensor, *, max_tokens: int, recompute: bool) -> Tensor:
@@ -30,9 +32,11 @@ def in_passes(run: Run, ids: Tensor, lengths: Tensor, *, max_tokens: int, recomp
         recompute: see above.
     """
     rows, place = distinct_rows(ids, lengths)
-    return passes_over(
-        lambda part, own: run(ids[part, : int(own.max())], own), rows, lengths, place, max_tokens, recompute
-    )
+
+    def padded(part: Tensor, own: Tensor, width: int) -> Tensor:
+        return run(ids[part, :width], own)
+
+    return passes_over(padded, rows, lengths, place, max_tokens, recompute)
 
 
 def distinct_rows(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,14 +54,22 @@ def first_of_each(place: Tensor) -> Tensor:
     return positions.new_full((num,), len(place)).scatter_reduce(0, place, positions, "amin")
 
 
-def passes_over(run: Run, rows: Tensor, lengths: Tensor, place: Tensor, max_tokens: int, recompute: bool) -> Tensor:
-    """Return [B, H]: run(rows of a pass, their lengths) for all `rows` [U], spread by `place` [B]; lengths [B] of all texts."""
+def passes_over(run: RunPass, rows: Tensor, lengths: Tensor, place: Tensor, max_tokens: int, recompute: bool) -> Tensor:
+    """Return [B, H]: run(rows of a pass, their lengths, its width) for all `rows` [U], spread by `place` [B].
+
+    Widths are rounded up, and large passes filled up with copies of their first row, whose result is dropped: libraries make
+    and keep code for every shape they meet, which with shapes of any size takes longer than the work and gigabytes.
+    """
     own = lengths[rows]
+    widths = own.add(WIDTH_STEP - 1).div(WIDTH_STEP, rounding_mode="floor").mul(WIDTH_STEP).tolist()
     outputs, order = [], []
-    for batch in length_batches(own.tolist(), max_tokens=max_tokens, max_waste=0.5):
+    for batch in length_batches(widths, max_tokens=max_tokens, max_waste=0.5):
         chosen = torch.tensor(batch, device=rows.device)
-        given = (rows[chosen], own[chosen])
-        outputs.append(checkpoint(run, *given, use_reentrant=False) if recompute else run(*given))
+        extra = -len(batch) % ROW_STEP if len(batch) > ROW_STEP else 0
+        full = torch.cat([chosen, chosen[:1].expand(extra)])
+        given = (rows[full], own[full], max(widths[number] for number in batch))
+        out = checkpoint(run, *given, use_reentrant=False) if recompute else run(*given)
+        outputs.append(out[: len(batch)])
         order.append(chosen)
     position = torch.empty_like(rows)
     position[torch.cat(order)] = torch.arange(len(rows), device=rows.device)
