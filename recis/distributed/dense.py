@@ -8,6 +8,7 @@ Ordered: rank r gets the r-th chunk of every part's gradient (all-to-all), adds 
 2 (W - 1) / W of a gradient per rank and part, as a ring all-reduce moves.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,9 +82,10 @@ def wrap_in_ddp(model: Any, ranks: Ranks) -> Any:
     Buffers stay as each rank has them until `share_buffers`. Call the wrapper's `no_sync()` for all but a step's last
     micro-batch.
     """
-    wrapped = nn.parallel.DistributedDataParallel(
-        model, process_group=ranks.group, broadcast_buffers=False, find_unused_parameters=True
-    )
+    ddp: Any = nn.parallel.DistributedDataParallel
+    known = inspect.signature(ddp).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before 2.13
+    wrapped = ddp(model, process_group=ranks.group, find_unused_parameters=True, **{buffers: False})
     wrapped.register_comm_hook(ranks.group, _added)
     return wrapped
 

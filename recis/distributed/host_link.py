@@ -60,7 +60,7 @@ class HostLink:
         which, self._turn = self._turn, 1 - self._turn
         taken = given.new_empty((sum(receive), *given.shape[1:]))
         row_bytes = given[:1].nbytes if given.shape[0] else taken[:1].nbytes
-        parts = [part.reshape(-1).view(torch.uint8) for part in given.split(list(send))]
+        parts = [_bytes(part) for part in given.split(list(send))]
         box = self._boxes[which]
         box.reserve(sum(part.numel() for other, part in enumerate(parts) if other != rank))
         where, at = [box.descriptor, box.generation], 0
@@ -122,6 +122,12 @@ def _reads(pid: int, descriptor: int) -> bool:
             return file.read() == _TOKEN + str(pid).encode()
     except OSError:
         return False
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """Return the bytes of contiguous values, a view; one value or none may have any stride, which torch would refuse."""
+    flat = values.reshape(-1)
+    return (flat if flat.stride(0) == 1 else flat.new_empty(flat.shape).copy_(flat)).view(torch.uint8)
 
 
 def _mapped(descriptor: int, size: int) -> Tensor:

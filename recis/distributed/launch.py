@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from recis.errors import ConfigError
 JOIN_TIMEOUT_S = 300.0
 _FIRST_TIMEOUT_S = 24 * 3600.0  # what rank 0 does first may generate or download data
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_GRACE_S = 2.0  # in which rank 0 prints; when a rank ends, torchrun stops the others
+_GRACE_S = 4.0  # in which the others read notes and rank 0 prints; when a rank ends, torchrun stops the others
 _STOPPED = "stopped by SIGTERM"
 
 
@@ -154,7 +155,7 @@ class Job:
     def close(self) -> None:
         """Leave after success: all ranks together, nothing of the groups stays behind."""
         if self.ranks is not None:
-            self.ranks.barrier("the end of the job")
+            self.ranks.meet("the end of the job")
             self.ranks = None
             gc.collect()  # what holds on to a group (DDP does, in cycles) must be gone before it
             dist.destroy_process_group()
@@ -268,7 +269,7 @@ def _stop(number: int, frame: Any) -> None:
 def _give_up(job: Job | None, rank: int, error: BaseException) -> None:
     """End this process, after its reason has been told and, on rank 0, printed. Never returns.
 
-    The process groups are not destroyed: with a rank missing that may wait for ever. The system closes them.
+    Where another rank has failed the process groups are not destroyed: that may wait for ever. The system closes them.
     """
     code = 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, SystemExit):
@@ -284,11 +285,19 @@ def _give_up(job: Job | None, rank: int, error: BaseException) -> None:
         text = ranks.explain("lost", "stopped by torchrun") or text
     if rank == 0 or job is None or _rank_0_is_silent(text):
         print(f"recis: {text}", file=sys.stderr, flush=True)
-    elif job is not None:
-        time.sleep(_GRACE_S)
+    if job is not None:
+        if not isinstance(error, RankError):
+            threading.Thread(target=_hang_up, daemon=True).start()
+        time.sleep(_GRACE_S)  # the others must hear of it before this process, and with rank 0 the store, is gone
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 1)
+
+
+def _hang_up() -> None:
+    """Close the connections of the process groups: whoever waits for this rank in a collective then looks for its note."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _rank_0_is_silent(text: str) -> bool:

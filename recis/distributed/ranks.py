@@ -57,6 +57,7 @@ class Ranks:
         self.store, self.group, self.saving = store, group, saving
         self.timeout_s = timeout_s
         self.link: HostLink | None = None
+        self._met = 0
         self.step = 0
 
     def __repr__(self) -> str:
@@ -135,9 +136,25 @@ class Ranks:
             with self._named(what):
                 dist.broadcast(tensor, src=0, group=self.group)
 
-    def barrier(self, what: str) -> None:
-        """Wait until every rank is here."""
-        self.all_gather(torch.zeros(1), what)
+    def meet(self, what: str) -> None:
+        """Wait until every rank is here, for as long as it takes: for work that one rank does alone, such as a report.
+
+        Raises:
+            RankError: a rank has failed meanwhile.
+        """
+        if self.world_size == 1:
+            return
+        self._met += 1
+        try:
+            self.store.set(f"met/{self._met}/{self.rank}", "")
+            missing = list(range(self.world_size))
+            while missing:
+                missing = [rank for rank in missing if not self.store.check([f"met/{self._met}/{rank}"])]
+                if any(self.store.check([f"note/{rank}"]) for rank in missing):
+                    raise RankError(self.explain("lost", what) or f"{what}: one of the ranks {missing} has failed")
+                time.sleep(LOOK_EVERY_S if missing else 0)
+        except RuntimeError as error:
+            raise RankError(f"{what}: the job's store on rank 0 cannot be reached: {_short(error)}") from error
 
     def on_rank_0(self, work: Callable[[], Any], what: str) -> Any:
         """Let rank 0 do something, and return on every rank what came of it.

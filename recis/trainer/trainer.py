@@ -216,6 +216,7 @@ class Trainer:
                 self._note_checkpoint(wait=True)
             if config.after is not None:
                 config.after(self, state.run if self.ranks.rank == 0 else None)
+                self.ranks.meet("the end of what follows training")  # rank 0 may do much more than the others
         except BaseException:
             self._abandon()
             raise

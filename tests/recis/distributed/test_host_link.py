@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,3 +84,18 @@ def test_by_hand(world_size):
         return link.all_to_all(rows, [1] * world_size, [1] * world_size, "rows").flatten().tolist()
 
     assert on_ranks(world_size, work) == [[10 * source + d for source in range(world_size)] for d in range(world_size)]
+
+
+def test_parts_of_one_value_or_none():
+    """Such a tensor may have any stride, which `Tensor.view(dtype)` refuses; numpy makes some."""
+
+    def work(ranks):
+        link = HostLink(ranks, [os.getpid()] * 2)
+        none = torch.from_numpy(np.zeros((0,), np.int64)).as_strided((0,), (0,))
+        one = torch.ones(1).long().as_strided((1,), (0,))
+        return [
+            link.all_to_all(none, [0, 0], [0, 0], "none").tolist(),
+            link.all_to_all(one, [0, 1], [ranks.rank, ranks.rank], "one").tolist(),
+        ]
+
+    assert on_ranks(2, work) == [[[], []], [[], [1, 1]]]

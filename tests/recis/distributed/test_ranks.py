@@ -1,13 +1,14 @@
 """What a rank says when another one fails, is lost, or hangs; and batches cut by samples."""
 
 import itertools
+import threading
 
 import pytest
 import torch
 
 from recis.distributed.batches import part_bounds, samples_of
 from recis.distributed.config import Parallel
-from recis.distributed.ranks import Ranks
+from recis.distributed.ranks import RankError, Ranks
 from recis.errors import ConfigError
 from recis.io.batch import Batch
 from recis.jagged import JaggedTensor, KeyedJaggedTensor
@@ -73,6 +74,19 @@ def test_the_first_note_of_a_rank_stays(job):
     job[2].leave_note("error", "the cause")
     job[2].leave_note("stopped", "what came of it")
     assert "the cause" in (job[0].explain("lost", "rows") or "")
+
+
+def test_ranks_meet_and_do_not_wait_for_one_that_failed(job):
+    threads = [threading.Thread(target=one.meet, args=("the end",)) for one in job[1:]]
+    for thread in threads:
+        thread.start()
+    job[0].meet("the end")
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    job[2].leave_note("error", "the cause")
+    with pytest.raises(RankError, match="rank 2 failed in step 12: the cause"):
+        job[0].meet("the end of more")
 
 
 def test_on_rank_0_alone():
