@@ -4,6 +4,7 @@ RuleTagger, Rule, Span          apply a rule file
 find_seeds, distil              make one from unlabelled texts and an expert
 TaggerModel                     the neural tagger
 to_entities                     spans as entities of recis.ebrm
+TagFeatures                     spans as features of a ranker
 
 Names are imported on first use: tagging with rules needs neither torch nor transformers.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recis.tagger.distil import DistilConfig, distil
     from recis.tagger.entities import to_entities
+    from recis.tagger.features import TagFeatures
     from recis.tagger.neural import NeuralConfig, TaggerModel
     from recis.tagger.rules import Condition, Rule, RuleFormatError, RuleSet, RuleTagger, Span
     from recis.tagger.seeds import NoSeedsError, SeedConfig, find_seeds
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "distil": ("DistilConfig", "distil"),
     "entities": ("to_entities",),
+    "features": ("TagFeatures",),
     "neural": ("NeuralConfig", "TaggerModel"),
     "rules": ("Condition", "Rule", "RuleFormatError", "RuleSet", "RuleTagger", "Span"),
     "seeds": ("NoSeedsError", "SeedConfig", "find_seeds"),
@@ -37,6 +40,7 @@ __all__ = [
     "RuleTagger",
     "SeedConfig",
     "Span",
+    "TagFeatures",
     "TaggerModel",
     "distil",
     "find_seeds",
