@@ -244,7 +244,9 @@ def test_stage_a_rows_agree_with_gold(pricerunner_task):
 
     rows = stage_a_rows(task, part)
     assert rows == stage_a_rows(task, part)
-    assert agreement(rows, "mention") > 0.97
+    assert agreement([row for row in rows if row.w == 1.0], "mention") > 0.97
+    # free types: three in ten queries name no category noun, and mean one nevertheless
+    assert agreement([row for row in rows if row.w == 0.5], "mention") > 0.92
     assert agreement(rows, "clicks") > 0.93
     assert agreement(stage_a_rows(task, part, keep_free_negatives=True), "clicks") < 0.80
     nones = {row.entity: row for row in rows if row.entity.endswith(":none") and row.w == 1.0}
