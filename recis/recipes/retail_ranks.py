@@ -79,8 +79,8 @@ def table(rankings: Mapping[str, Sequence[Tensor]], targets: Targets) -> str:
             f"{group}: {int(targets.groups[group].sum()):,} items, {targets.pairs(group):,} pairs, {num:,} customers"
         )
         spaces = (False,) if targets.groups[group].all() else (False, True)
-        head = "".join(f"{'within the group' if within else 'over all items':>46}" for within in spaces)
-        lines += [f"  {'':<34}{head}", f"  {'':<34}" + f"{'Recall@20':>20}{'':>14}{'NDCG@20':>12}" * len(spaces)]
+        head = "".join(f"{'within the group' if within else 'over all items':>44}" for within in spaces)
+        lines += [f"  {'':<34}{head}", f"  {'':<34}" + f"{'Recall@20':>12}{'':>18}{'NDCG@20':>14}" * len(spaces)]
         for name, seeds in rankings.items():
             cells = [
                 _cell([group_quality(scores, targets, group, within=within) for scores in seeds]) for within in spaces

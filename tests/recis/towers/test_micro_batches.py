@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recis.jagged import JaggedTensor
-from recis.towers.micro_batches import distinct_rows, in_passes
+from recis.towers.micro_batches import ROW_STEP, WIDTH_STEP, distinct_rows, in_passes
 from recis.towers.text import TextTowerConfig
 
 TEXTS = ["w1 w2 w3", "w9", "", "w9", "w4 w4 w5 w6 w7 w8", "w1 w2 w3"]
@@ -30,6 +30,33 @@ def test_passes_stay_within_the_limit_and_run_each_text_once():
     assert out[:, 0].tolist() == ids.sum(1).tolist()
     assert sum(rows for rows, _ in seen) == 5
     assert all(rows * places <= 6 for rows, places in seen)
+
+
+def test_few_shapes_occur_and_filled_rows_change_nothing():
+    """Over batches of any size the passes have few shapes, and the gradient is that of the texts alone."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 3, generator=generator, requires_grad=True)
+    shapes = set()
+
+    def run(ids, lengths):
+        inside = torch.arange(ids.shape[1]) < lengths[:, None]
+        return (table[ids] * inside[:, :, None]).sum(1).square()
+
+    def noted(ids, lengths):
+        shapes.add(tuple(ids.shape))
+        return run(ids, lengths)
+
+    def gradients(out, upstream):
+        return out.detach(), *torch.autograd.grad(out, [table], upstream)
+
+    for num in range(300, 700, 25):
+        lengths = torch.randint(1, 13, (num,), generator=generator)
+        ids = torch.randint(1, 50, (num, 12), generator=generator)
+        upstream = torch.randn(num, 3, generator=generator)
+        got = gradients(in_passes(noted, ids, lengths, max_tokens=4096, recompute=num % 2 == 0), upstream)
+        torch.testing.assert_close(got, gradients(run(ids, lengths), upstream), rtol=1e-4, atol=1e-4)
+    assert all(width % WIDTH_STEP == 0 and (rows % ROW_STEP == 0 or rows <= ROW_STEP) for rows, width in shapes)
+    assert len(shapes) <= 20
 
 
 @pytest.mark.parametrize("limit", [1, 8, 1000])
