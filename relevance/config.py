@@ -188,6 +188,8 @@ class DyknowConfig:
     accuracy_high: float = 0.9
     clamp_lx: float | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
+    ebrm_run: str | None = None
+    """Folder of `recis ebrm train`: the pool is ordered by |p - P(label 4)| instead of by confidence. Ours."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from recis.errors import DataError
+from relevance import ebrm_verifier
 from relevance.config import DyknowConfig, DyknowRun
 from relevance.curriculum import pool_summary, uncertainty_pool
 from relevance.engine import train_rl
@@ -33,7 +34,10 @@ def train(run: TrainingRun[DyknowRun]) -> Path:
         if not pairs:
             raise DataError("no train pair has a chunk", column="chunk", option="give chunks, or use another recipe")
         probs = score_prompts(lm, [task.prompt(pair) for pair in pairs], [pair.query_id for pair in pairs])
-        pool = uncertainty_pool(pairs, probs, config=config.dyknow.pool, seed=config.seed)
+        gaps = None
+        if config.dyknow.ebrm_run is not None:
+            gaps = ebrm_verifier.load_verifier(config.dyknow.ebrm_run, pairs).disagreement(pairs, probs)
+        pool = uncertainty_pool(pairs, probs, config=config.dyknow.pool, disagreement=gaps, seed=config.seed)
         if not pool:
             raise DataError(
                 f"no pair belongs to the families {config.dyknow.pool.families}",

@@ -186,6 +186,32 @@ def test_every_recipe_runs_to_its_model(recipe, more, sft, tmp_path):
     assert {"she": "step/category/mean", "dyknow": "gate/beta"}.get(recipe, "reward/label/mean") in log[0]
 
 
+def test_the_pool_can_be_ordered_by_the_gap_to_an_ebrm(tmp_path, monkeypatch):
+    from relevance.recipes import dyknow
+
+    class Verifier:
+        def disagreement(self, pairs, probs):
+            return torch.linspace(0, 1, len(pairs), dtype=torch.float64)
+
+    own, given, order = dyknow.uncertainty_pool, [], []
+
+    def pool(pairs, probs, *, disagreement, **options):
+        given.append(disagreement)
+        found = own(pairs, probs, disagreement=disagreement, **options)
+        order.extend(pairs[place].id for place in found)
+        return found
+
+    trained = []
+    monkeypatch.setattr("relevance.ebrm_verifier.load_verifier", lambda folder, pairs: Verifier())
+    monkeypatch.setattr(dyknow, "uncertainty_pool", pool)
+    monkeypatch.setattr(dyknow, "train_rl", lambda job, ids, *_, **__: trained.extend(ids))
+    monkeypatch.setattr("relevance.training_run.TrainingRun.finish", lambda self, final: final)
+    run_recipe("dyknow", tmp_path / "run", [*MICRO_RL, "dyknow.ebrm_run=somewhere", "dyknow.pool.size=4"])
+    torch.testing.assert_close(given[0], torch.linspace(0, 1, 48, dtype=torch.float64))
+    assert len(order) == 4
+    assert set(trained) == set(order)
+
+
 class TestRefusals:
     def test_a_folder_with_a_run_needs_resume(self, sft):
         with pytest.raises(ConfigError, match="--resume"):
