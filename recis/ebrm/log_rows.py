@@ -131,13 +131,12 @@ def rows_from_logs(
         for query, item, label in zip(pairs.query.tolist(), pairs.item.tolist(), pairs.label.tolist(), strict=True)
     )
     rows: list[QERow] = []
-    rng = random.Random("recis.ebrm.log_rows")
     for place, own in pairs.by_query():
         candidates = dict.fromkeys(entity for item in pairs.item[own].tolist() for entity in ids[item])
-        rows += text_rows(pairs.queries[place], named[place], candidates, schema, shares, rng)
+        rows += text_rows(pairs.queries[place], named[place], candidates, schema, shares)
     used = [pairs.items[place] for place in np.unique(pairs.item).tolist()]
     for query in compose_queries(used, schema, composed, category_type=category_type) if composed else ():
-        rows += text_rows(query.text, query.named, query.candidates, schema, shares, rng)
+        rows += text_rows(query.text, query.named, query.candidates, schema, shares)
     if impressions is not None:
         clicks = _click_rows(pairs, impressions, ids, named, category_type)
         rows += [row for row, place in clicks if row.y or keep_free_negatives or type_of(row.entity) in named[place]]
@@ -150,19 +149,17 @@ def text_rows(
     candidates: Iterable[str],
     schema: EntitySchema,
     shares: Mapping[str, float],
-    rng: random.Random,
 ) -> list[QERow]:
     """Return the rows that a query's text alone gives: what it names, what that rules out, free types, and `none`.
 
     Args:
         query: text.
         named: type -> entity ids.
-        candidates: entity ids of the query's items; of each type a few are drawn.
+        candidates: entity ids of the query's items; of each type a few are drawn, the same ones for the same query.
         schema: of the types.
         shares: see `none_rows`.
-        rng: draws the candidates.
     """
-    drawn = thinned(candidates, named, rng)
+    drawn = thinned(candidates, named, random.Random(f"recis.ebrm.log_rows:{query}"))
     free = free_rows(query, named, drawn)
     return mention_rows(query, named, drawn) + free + none_rows(query, named, schema.names, shares)
 

@@ -4,7 +4,6 @@ Gold comes from the constraints that a query was drawn with; it is never a train
 the dictionaries of the train part, and clicks that the click model draws over the grades of the train part.
 """
 
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,11 +84,10 @@ def stage_a_rows(
         )
     )
     rows: list[QERow] = []
-    rng = random.Random(f"recis.ebrm.pricerunner:{seed}")
     for number, query in enumerate(part.queries):
         entities = {e.id: e for offer in candidates.get(number, ()) for e in task.entities(offer)}
         wanted = _named(read[number], list(entities.values()))
-        rows += text_rows(query.text, wanted, entities, task.schema, shares, rng)
+        rows += text_rows(query.text, wanted, entities, task.schema, shares)
     named = {query.text: read[number].keys() for number, query in enumerate(part.queries)}
     clicks = _click_rows(task, part, sessions_per_query, seed)
     return rows + [row for row in clicks if row.y or keep_free_negatives or type_of(row.entity) in named[row.query]]

@@ -72,7 +72,7 @@ def test_free_types_give_weak_positives_of_real_values():
 def test_a_text_gives_every_kind_of_row_once():
     named = {"category": ("category:frying pan",)}
     candidates = ["category:kettle", "brand:smegar", "colour:red"]
-    rows = text_rows("skillet", named, candidates, SCHEMA, {"category": 0.25}, random.Random(0))
+    rows = text_rows("skillet", named, candidates, SCHEMA, {"category": 0.25})
     assert {(row.entity, row.y, row.w) for row in rows} == {
         ("category:frying pan", 1.0, 1.0),
         ("category:kettle", 0.0, 1.0),
