@@ -2,7 +2,7 @@
 
     RECIS_DATA=... python benchmarks/quality_tagger.py PART [PART ...] --out benchmarks/results/DATE-cpu-quality_tagger.json
 
-Parts: baselines, supervised, supervised_small, distilled, rules_from_gold, oa_mine, oa_mine_dictionary. Each run is
+Parts: baselines, bounds, supervised, supervised_small, distilled, rules_from_gold, oa_mine, oa_mine_dictionary. Each run is
 written to the file as it ends; what the file holds is not run again. QueryNER: train on `train`, figures on `dev`; models
 are chosen by dev, and the first seed's also tags `test`. The seed words were chosen by reading the unlabelled train
 queries, not their labels; of dev gold, distillation uses thresholds only.
@@ -28,6 +28,7 @@ from tagger_queryner import (
     SUPERVISED,
     SUPERVISED_SMALL,
     baselines,
+    bounds,
     rules_from_gold,
     supervised,
     supervised_small,
@@ -46,6 +47,7 @@ class Part:
 
 PARTS = {
     "baselines": Part(baselines, {}),
+    "bounds": Part(bounds, {}),
     "supervised": Part(supervised, asdict(SUPERVISED), ("dev",)),
     "supervised_small": Part(supervised_small, asdict(SUPERVISED_SMALL), ("dev",)),
     "distilled": Part(

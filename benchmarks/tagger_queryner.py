@@ -73,6 +73,33 @@ def baselines(data: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def bounds(data: Path, seed: int) -> dict[str, Any]:
+    """Return what word types can give at best, and how hard the test part is beside dev."""
+    del seed  # nothing here is drawn
+    rows, parts = queries(data, "train"), {part: queries(data, part) for part in ("dev", "test")}
+    by_label: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        for word, name in zip(row.text.tokens, labels_of(row), strict=True):
+            by_label[word][name] += 1
+    label = {word: counts.most_common(1)[0][0] for word, counts in by_label.items()}
+    found: dict[str, Any] = {}
+    for part, labelled in parts.items():
+        guessed = [[label.get(word, f"B-{CORE}") for word in row.text.tokens] for row in labelled]
+        found[f"most frequent label per word, {part}"] = told(
+            score(labelled, [bio_spans(names, repair_bio=True)[0] for names in guessed])
+        )
+        # the true type of every word, neighbours of one type read as one span
+        types = [[name[2:] for name in labels_of(row)] for row in labelled]
+        joined = [
+            [f"{'I' if at and names[at - 1] == name else 'B'}-{name}" if name else "O" for at, name in enumerate(names)]
+            for names in types
+        ]
+        found[f"true types, neighbours merged, {part}"] = told(
+            score(labelled, [bio_spans(names)[0] for names in joined])
+        )
+    return found
+
+
 def linear(rows: Sequence[Labelled], dev: Sequence[Labelled]) -> list[list[Typed]]:
     """Logistic regression on the word, its affixes, shape and the words around it."""
     from sklearn.feature_extraction import FeatureHasher
