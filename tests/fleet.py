@@ -128,4 +128,5 @@ class Fleet:
     def close(self) -> None:
         """End the helper."""
         self._socket.close()
-        self._process.wait(10)
+        self._process.terminate()
+        self._process.wait(60)

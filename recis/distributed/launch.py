@@ -287,17 +287,19 @@ def _give_up(job: Job | None, rank: int, error: BaseException) -> None:
         print(f"recis: {text}", file=sys.stderr, flush=True)
     if job is not None:
         if not isinstance(error, RankError):
-            threading.Thread(target=_hang_up, daemon=True).start()
+            threading.Thread(target=_hang_up, args=(ranks,), daemon=True).start()
         time.sleep(_GRACE_S)  # the others must hear of it before this process, and with rank 0 the store, is gone
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 1)
 
 
-def _hang_up() -> None:
+def _hang_up(ranks: Ranks | None) -> None:
     """Close the connections of the process groups: whoever waits for this rank in a collective then looks for its note."""
-    if dist.is_initialized():
+    if ranks is not None and dist.is_initialized():
+        ranks.group = ranks.saving = None  # a connection closes when nothing refers to its group any more
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _rank_0_is_silent(text: str) -> bool:

@@ -5,12 +5,12 @@ import json
 import os
 import signal
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import kill_recipe
 
-from recis.checkpoint import save as saving
 from recis.distributed.config import Parallel
 from recis.errors import DataError
 from recis.io import DataConfig
@@ -51,6 +51,7 @@ class Faults:
 
 def _break_next_save(kind: str) -> None:
     """Let this rank be lost, or its disk be full, in the middle of writing its files of the next checkpoint."""
+    saving = import_module("recis.checkpoint.save")  # the package's own `save` is a function
     write = saving.write_parts
 
     def broken(*args: Any, **options: Any) -> Any:

@@ -46,7 +46,8 @@ def ended_well(done: list[RankDone]) -> None:
         assert "terminate called" not in rank.err
         assert "Traceback" not in rank.err
     for rank in done[1:]:
-        assert (rank.out, rank.err) == ("", "")
+        said = [line for line in rank.err.splitlines() if "find_unused_parameters" not in line]  # DDP's advice
+        assert (rank.out, said) == ("", [])
 
 
 def losses(run: Path) -> list[float]:
@@ -107,7 +108,7 @@ def sightings(end: dict[str, Any]) -> dict[str, Any]:
         f"{table}.{what}" for table in ("user", "item") for what in ("ids", "count", "last_seen", "sightings.counts")
     ]
     counters = [name for name in end if ".counters." in name and not name.endswith("default_reads")]
-    return {name: end[name] for name in (*names, *counters, "reader", "run.samples", "run.step", "step")}
+    return {name: end.get(name) for name in (*names, *counters, "reader", "run.samples", "run.step", "step")}
 
 
 def test_a_run_moves_to_any_number_of_ranks(fleet, data, straight, tmp_path):
@@ -143,7 +144,7 @@ def make_fault(fleet: Fleet, data: Path, run: Path, *, kind: str, seed: int) -> 
     plan = run.parent / f"{run.name}-plan.json"
     made = "kill" if kind == "truncated" else kind
     plan.write_text(json.dumps({"step": step, "rank": rank, "kind": made}))
-    job = fleet.start(world_size, train(data, run, f"faults={plan}", "timeout=5" if kind == "hang" else "timeout=60"))
+    job = fleet.start(world_size, train(data, run, f"faults={plan}", "timeout=20" if kind == "hang" else "timeout=60"))
     done = job.wait()
     if kind == "truncated" and len(list_checkpoints(run)) > 1:  # with none that is whole a run is refused
         parts = sorted(newest(run).glob("*.safetensors"))
@@ -156,12 +157,12 @@ def goes_on(fleet: Fleet, data: Path, run: Path, straight: dict[str, Any], *, ki
     """Make a fault, resume with another number of ranks, and assert the end of the straight run."""
     done = make_fault(fleet, data, run, kind=kind, seed=seed)
     assert all(rank.code for rank in done), (kind, [rank.code for rank in done])
-    said = [line for rank in done for line in rank.err.splitlines() if line.startswith("recis: ")]
-    if any(line for line in done[0].err.splitlines() if line.startswith("recis: ")):
-        assert len(said) == 1, said  # one line, rank 0's
+    lines = [[line for line in rank.err.splitlines() if line.startswith("recis: ")] for rank in done]
+    assert len(lines[0]) <= 1  # none where rank 0 itself was killed or hung
+    said = [line for of_rank in lines for line in of_rank]
     pattern = {
         "kill": "no sign of life: killed or lost",
-        "hang": "hung, nothing came within timeout_s=5",
+        "hang": "hung, nothing came within timeout_s=20",
         "fail": r"a made-up fault",
         "lost_in_save": "no sign of life: killed or lost",
         "full_disk": r"rank \d: .*No space left",
