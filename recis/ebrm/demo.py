@@ -48,6 +48,7 @@ COLUMNS = ("roc_auc", "pr_auc", "ndcg@10", "visible.roc_auc")
 ITEMS_NAME = "items.jsonl"
 OWNER = "demo"
 TOLERANCE = 1e-6
+SHOWN = 0.01  # a single refused value can take r to 0 anywhere: that shows nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,12 +198,13 @@ def explain_and_overrule(model: EBRM, test: EvalSet, say: Callable[[str], None])
 
 
 def _most_telling(told: Explanation) -> tuple[Override, float]:
-    """Return the override of one entity to 0 or 1 that moves r most, and the r that the explanation predicts."""
+    """Return the override of one entity to 0 or 1 that moves r most but not to 0, and the r that the explanation predicts."""
     moves = [
         (abs((value - entity.s) * entity.slope), value, entity)
         for own in told.types
         for entity in own.entities
         for value in (0.0, 1.0)
+        if value or entity.r_if_0 > SHOWN
     ]
     _, value, entity = max(moves, key=lambda move: move[0])
     rule = Override(
