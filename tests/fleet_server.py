@@ -9,6 +9,7 @@ import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 KILL_AFTER_S = 8.0  # torchrun waits 30 s
 
@@ -28,10 +29,9 @@ def _warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import kill_recipe
-
     from recis.cli import main as recis
 
+    kill_recipe: Any = import_module("kill_recipe")
     with tempfile.TemporaryDirectory() as name:
         data = kill_recipe.write_data(Path(name) / "data", num_samples=64)
         out = Path(name) / "run"

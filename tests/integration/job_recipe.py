@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -40,7 +41,7 @@ class Faults:
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "hang":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _hang()
         elif kind == "fail":
             raise DataError("a made-up fault", file="clicks.parquet", row=3)
         elif kind == "stop":
@@ -49,9 +50,16 @@ class Faults:
             _break_next_save(kind)
 
 
+def _hang() -> None:
+    """Do nothing for ever, and mind no signal but SIGKILL."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    while True:
+        time.sleep(60)
+
+
 def _break_next_save(kind: str) -> None:
     """Let this rank be lost, or its disk be full, in the middle of writing its files of the next checkpoint."""
-    saving = import_module("recis.checkpoint.save")  # the package's own `save` is a function
+    saving: Any = import_module("recis.checkpoint.save")  # the package's own `save` is a function
     write = saving.write_parts
 
     def broken(*args: Any, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """Tables shared by ranks against the same table in one process: rows, sums, counters, admission, eviction; any W."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +75,8 @@ def train(ranks: Ranks, *, num_steps: int = 6, clip: float | None = None, share:
             ids = batch(step, part)
             vectors = {**pooled(ids), "seen": single(ids)["seen"].values}
             seen[step, part] = [value.detach().clone() for value in vectors.values()]
-            loss = sum((value * value + (number + 1) * value).sum() for number, value in enumerate(vectors.values()))
-            loss.backward()
+            terms = [(value * value + (number + 1) * value).sum() for number, value in enumerate(vectors.values())]
+            torch.stack(terms).sum().backward()
         if clip is not None:
             norms.append(float(clip_grad_norm([], [pooled], clip)))
         optimizer.step()
@@ -193,7 +194,7 @@ def test_sums_by_hand():
 def test_rows_that_no_gradient_reached_stay_as_they_are():
     """Tile(1) cuts the second id of the bag: its row is looked up everywhere and updated nowhere."""
 
-    def work(ranks: Ranks) -> dict[str, Tensor]:
+    def work(ranks: Ranks) -> Any:
         config = TableConfig(name="t", features=(Feature("f", Tile(1)),), embedding_dim=2, optimizer=Adam(lr=0.1))
         table_set = TableSet([config], seed=0)
         share_tables(table_set, ranks)
