@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-KILL_AFTER_S = 8.0  # torchrun waits 30 s
+KILL_AFTER_S = 20.0  # torchrun waits 30 s
 
 
 def main() -> None:

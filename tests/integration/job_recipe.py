@@ -31,9 +31,10 @@ class Faults:
     def on_step_end(self, state: Any) -> None:
         path = Path(self.plan)
         rank = int(os.environ.get("RANK", "0"))
-        if not path.exists():
+        try:
+            plan = json.loads(path.read_text())
+        except FileNotFoundError:  # another rank has had its fault
             return
-        plan = json.loads(path.read_text())
         if plan["step"] != state.step or plan["rank"] != rank:
             return
         path.unlink()

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,11 @@ def goes_on(fleet: Fleet, data: Path, run: Path, straight: dict[str, Any], *, ki
         "full_disk": r"rank \d: .*No space left",
         "truncated": "no sign of life: killed or lost",
     }[kind]
-    assert said, [rank.err[-800:] for rank in done]
-    assert re.search(pattern, said[0]), (kind, said)
+    if said or kind not in ("kill", "lost_in_save", "truncated"):
+        assert said, [rank.err[-800:] for rank in done]
+        assert re.search(pattern, said[0]), (kind, said)
+    else:  # torchrun's signals were faster than the ranks that were left; torchrun itself names the one that was killed
+        assert {rank.code for rank in done} <= {-signal.SIGKILL, -signal.SIGTERM}, done
     whole = list_checkpoints(run)
     if kind != "truncated":
         assert not whole or verify(run) == []
