@@ -284,6 +284,10 @@ class SheRun(RlRun):
     num_prompts: int = 2000
     """Train prompts that are sampled beforehand for diversity and curriculum."""
 
+    def __post_init__(self) -> None:
+        RlRun.__post_init__(self)
+        _refuse_weights(self.rl, "she gives every step an advantage of its own")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DyknowRun(RlRun):
@@ -300,6 +304,16 @@ class DyknowRun(RlRun):
             raise ConfigError(
                 f"rl.num_generations must be even: half of the rollouts read the chunk; got {self.rl.num_generations}"
             )
+        _refuse_weights(self.rl, "dyknow weighs whole rollouts")
+
+
+def _refuse_weights(rl: RlConfig, why: str) -> None:
+    """Refuse weights of label and rationale where they would change nothing."""
+    if not rl.label_weight == rl.rationale_weight == 1.0:
+        raise ConfigError(
+            f"rl.label_weight {rl.label_weight:g} and rl.rationale_weight {rl.rationale_weight:g} have no effect: {why}; "
+            "leave both at 1, or use grpo, taosr1 or agrl"
+        )
 
 
 Run = TypeVar("Run", bound=RunConfig)

@@ -1,6 +1,6 @@
 """What the recipes of reinforcement learning differ in: reward, advantages, which groups are dead, one prompt or two.
 
-    Method(reward=outcome_reward(), signal=group_signal(RLConfig()))
+    Method(reward=outcome_reward(), signal=group_signal(signal_config(config.rl)))
     signal(graded, step_ids, progress) -> Signal(advantages [B] or [B, C], transfer [B] or None, numbers to log)
 
 A trainer generates, grades and then asks its method; everything here is tensor work on one rank's rows, whose groups are
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from relevance.advantages import clamp, group_zscore, spread, spread_label_rationale, two_baselines
+from relevance.config import RlConfig
 from relevance.curriculum import STAGES, Stage, stage_at
 from relevance.data import Pair
 from relevance.labels import Parsed, Profile
@@ -182,6 +183,18 @@ class GroupSignalConfig:
     """One baseline for plain and guided rows."""
 
 
+def signal_config(rl: RlConfig, *, shared_baseline: bool = True) -> GroupSignalConfig:
+    """Return what the settings of a recipe say of a group's advantages."""
+    return GroupSignalConfig(
+        ddof=rl.std_ddof,
+        eps=rl.std_eps,
+        limit=rl.advantage_clamp,
+        label_weight=rl.label_weight,
+        rationale_weight=rl.rationale_weight,
+        shared_baseline=shared_baseline,
+    )
+
+
 def group_signal(config: GroupSignalConfig | None = None) -> SignalFunction:
     """Return z-scores per group, clamped; with weights other than 1 spread over label and rationale tokens."""
     own = config or GroupSignalConfig()
@@ -244,6 +257,8 @@ def two_group_signal(
     *,
     gate: Gate = printed_gate,
     is_gap_of_batch: bool = False,
+    ddof: int = 0,
+    eps: float = 1e-6,
     limit: float | None = 2.0,
     transfer_limit: float | None = None,
 ) -> SignalFunction:
@@ -259,6 +274,8 @@ def two_group_signal(
             correct_with=correct_with,
             gate=gate,
             is_gap_of_batch=is_gap_of_batch,
+            ddof=ddof,
+            eps=eps,
             limit=limit,
             transfer_limit=transfer_limit,
         )

@@ -13,7 +13,7 @@ from relevance.config import AgrlRun
 from relevance.data import check_missing
 from relevance.engine import train_rl
 from relevance.grader import RolloutJob
-from relevance.methods import GroupSignalConfig, Method, group_signal, shaped_reward
+from relevance.methods import Method, group_signal, shaped_reward, signal_config
 from relevance.schedule import prompt_order
 from relevance.training_run import TrainingRun
 
@@ -28,14 +28,7 @@ def train(run: TrainingRun[AgrlRun]) -> Path:
         ids = [pair.id for pair in task.train if pair.label is not None]
         method = Method(
             reward=shaped_reward(config.reward),
-            signal=group_signal(
-                GroupSignalConfig(
-                    ddof=config.rl.std_ddof,
-                    eps=config.rl.std_eps,
-                    limit=config.rl.advantage_clamp,
-                    shared_baseline=config.replay.shared_baseline,
-                )
-            ),
+            signal=group_signal(signal_config(config.rl, shared_baseline=config.replay.shared_baseline)),
             replay=config.replay,
             refill_rounds=config.rl.refill_rounds,
         )

@@ -52,6 +52,8 @@ def train(run: TrainingRun[DyknowRun]) -> Path:
             signal=two_group_signal(
                 gate=_gate(own),
                 is_gap_of_batch=own.is_gap_of_batch,
+                ddof=config.rl.std_ddof,
+                eps=config.rl.std_eps,
                 limit=config.rl.advantage_clamp,
                 transfer_limit=own.clamp_lx,
             ),

@@ -11,7 +11,7 @@ from pathlib import Path
 from relevance.config import GrpoRun
 from relevance.engine import train_rl
 from relevance.grader import RolloutJob
-from relevance.methods import GroupSignalConfig, Method, group_signal, outcome_reward, outside, shaped_reward
+from relevance.methods import Method, group_signal, outcome_reward, outside, shaped_reward, signal_config
 from relevance.schedule import prompt_order
 from relevance.training_run import TrainingRun
 
@@ -26,15 +26,7 @@ def train(run: TrainingRun[GrpoRun]) -> Path:
         reward = shaped_reward(config.reward) if config.reward.kind == "shaped" else outcome_reward(config.reward)
         method = Method(
             reward=reward,
-            signal=group_signal(
-                GroupSignalConfig(
-                    ddof=config.rl.std_ddof,
-                    eps=config.rl.std_eps,
-                    limit=config.rl.advantage_clamp,
-                    label_weight=config.rl.label_weight,
-                    rationale_weight=config.rl.rationale_weight,
-                )
-            ),
+            signal=group_signal(signal_config(config.rl)),
             is_dead=outside(),
             refill_rounds=config.rl.refill_rounds,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from relevance.config import TaosrRun
 from relevance.engine import train_dpo, train_rl
 from relevance.grader import RolloutJob
-from relevance.methods import GroupSignalConfig, Method, group_signal, outcome_reward, outside
+from relevance.methods import Method, group_signal, outcome_reward, outside, signal_config
 from relevance.preference_stage import preference_stage
 from relevance.sampling import balance_labels
 from relevance.schedule import prompt_order
@@ -33,15 +33,7 @@ def train(run: TrainingRun[TaosrRun]) -> Path:
         ids = [task.train[place].id for place in balanced]
         method = Method(
             reward=outcome_reward(),
-            signal=group_signal(
-                GroupSignalConfig(
-                    ddof=config.rl.std_ddof,
-                    eps=config.rl.std_eps,
-                    limit=config.rl.advantage_clamp,
-                    label_weight=config.rl.label_weight,
-                    rationale_weight=config.rl.rationale_weight,
-                )
-            ),
+            signal=group_signal(signal_config(config.rl)),
             is_dead=outside(gamma=config.filter.gamma),
             refill_rounds=config.rl.refill_rounds,
         )

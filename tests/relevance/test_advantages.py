@@ -19,6 +19,8 @@ from relevance.advantages import (
     sum_then_normalize,
     two_baselines,
 )
+from relevance.config import RlConfig
+from relevance.methods import GroupSignalConfig, signal_config
 from relevance.step_advantages import (
     StepAdvantageConfig,
     critical,
@@ -330,3 +332,11 @@ def test_transfer_term_by_hand():
     assert float(got.detach()) == pytest.approx(0.75)
     (gradient,) = torch.autograd.grad(got, logps)
     close(gradient, [[0.5, 0.25, 0.0], [0.0] * 3, [0.0] * 3])
+
+
+def test_settings_of_a_run_reach_its_advantages():
+    rl = RlConfig(std_ddof=1, std_eps=0.1, advantage_clamp=None, label_weight=0.5, rationale_weight=0.25)
+    assert signal_config(rl, shared_baseline=False) == GroupSignalConfig(
+        ddof=1, eps=0.1, limit=None, label_weight=0.5, rationale_weight=0.25, shared_baseline=False
+    )
+    assert signal_config(RlConfig()) == GroupSignalConfig()

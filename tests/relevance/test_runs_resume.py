@@ -238,6 +238,8 @@ class TestRefusals:
             ("agrl", "reward.w=0.4,0.3,0.3", "outrank"),
             ("she", "she.verifiers=gould", "gold"),
             ("she", "she.verifiers=ebrm", "ebrm_run"),
+            ("she", "rl.rationale_weight=0.5", "have no effect"),
+            ("dyknow", "rl.label_weight=2", "have no effect"),
             ("dyknow", "engine.keep=1", "keep at least 2"),
             ("sft", "sft.micro_rows=7", "multiple of micro_rows"),
         ],
