@@ -10,14 +10,15 @@ import math
 import os
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from recis.bench.harness import keep
-from recis.recipes.product_understanding import BATCH, product_understanding
-from recis.recipes.retail_towers import STAGES, prepare, retail_towers, stage_config
+from recis.recipes import product_understanding as understanding
+from recis.recipes import retail_towers as towers
 from recis.trainer import TrainConfig, Trainer
 
 GOAL_S = 8 * 60
@@ -34,23 +35,24 @@ def step_seconds(config: TrainConfig) -> list[float]:
             times.append(time.perf_counter())
 
     Trainer(replace(config, hooks=(Clock(),)), quiet=True).train()
-    return [after - before for before, after in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)]
+    assert len(times) == WARM_UP + STEPS, f"the data ended after {len(times)} steps"
+    return [after - before for before, after in pairwise(times[WARM_UP - 1 :])]
 
 
 def test_product_understanding(benchmark, tmp_path):
     begun = time.perf_counter()
-    config = product_understanding(data=os.environ.get("RECIS_DATA"), out=tmp_path)
+    config = understanding.product_understanding(data=os.environ.get("RECIS_DATA"), out=tmp_path)
     preparation = time.perf_counter() - begun
-    steps = config.epochs * math.ceil(pq.read_metadata(tmp_path / "samples.parquet").num_rows / BATCH)
+    steps = config.epochs * math.ceil(pq.read_metadata(tmp_path / "samples.parquet").num_rows / understanding.BATCH)
     times = step_seconds(config)
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)
     whole = preparation + steps * sum(times) / len(times)
     keep(
         benchmark,
-        case=f"product_understanding, {steps} steps of {BATCH}",
+        case=f"product_understanding, {steps} steps of {understanding.BATCH}",
         ours="step",
         seconds={"step": times},
-        items=BATCH,
+        items=understanding.BATCH,
         extra={"preparation_s": round(preparation, 1), "training_s": round(whole, 1), "goal_s": GOAL_S},
     )
     print(f"\npreparation {preparation:.0f} s, {steps} steps: {whole:.0f} s in all")
@@ -62,14 +64,14 @@ def test_retail_towers(benchmark, tmp_path):
         pytest.skip("RECIS_DATA is not set: it names the folder of the public data")
     data = Path(home) / "online_retail" / "transactions.parquet"
     begun = time.perf_counter()
-    joint = retail_towers(data=str(data), out=tmp_path)
-    ready = prepare(data.resolve(), tmp_path, encoder="auto", hide_weeks=0, days=120)
+    joint = towers.retail_towers(data=str(data), out=tmp_path)
+    ready = towers.prepare(data.resolve(), tmp_path, encoder="auto", hide_weeks=0, days=120)
     preparation = time.perf_counter() - begun
     times = {
-        stage: step_seconds(stage_config(ready, stage, epochs=joint.epochs or 1, top_layers=1, seed=0))
-        for stage in STAGES
+        stage: step_seconds(towers.stage_config(ready, stage, epochs=joint.epochs or 1, top_layers=1, seed=0))
+        for stage in towers.STAGES
     }
-    steps = (joint.epochs or 1) * math.ceil(ready.num_samples / 1024)
+    steps = (joint.epochs or 1) * math.ceil(ready.num_samples / towers.BATCH)
     whole = preparation + steps * sum(sum(own) / len(own) for own in times.values())
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)
     keep(
@@ -77,7 +79,7 @@ def test_retail_towers(benchmark, tmp_path):
         case=f"retail_towers, four stages of {steps} steps",
         ours="joint",
         seconds=times,
-        items=1024,
+        items=towers.BATCH,
         extra={"preparation_s": round(preparation, 1), "training_s": round(whole, 1), "goal_s": GOAL_S},
     )
     print(f"\npreparation {preparation:.0f} s, {steps} steps of each stage: {whole:.0f} s in all")
