@@ -237,30 +237,7 @@ def fold_rows(sources, factors, count, total, dim, started, ahead):
         sources += 8
         factors += 4 if factors != 0 else 0
         count -= 1
-    if count == 0:
-        return
-    column = 0
-    while column + 4 * NUM_LANES <= dim:
-        if factors != 0:
-            _fold_weighted_64(sources, factors, count, total, column, ahead)
-        else:
-            _fold_64(sources, factors, count, total, column, ahead)
-        column += 4 * NUM_LANES
-    while column + NUM_LANES <= dim:
-        if factors != 0:
-            _fold_weighted_16(sources, factors, count, total, column, ahead)
-        else:
-            _fold_16(sources, factors, count, total, column, ahead)
-        column += NUM_LANES
-    if column == dim:
-        return
-    sums = float32_at(total + 4 * column, dim - column)
-    for c in range(count):
-        row = float32_at(load_int64(sources + 8 * c) + 4 * column, dim - column)
-        prefetch(load_int64(sources + 8 * (c + ahead)) + 4 * column)
-        factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
-        for i in range(sums.size):
-            sums[i] += factor * row[i]
+    _fold_rest(sources, factors, count, total, dim, ahead, False)
 
 
 @njit
@@ -277,30 +254,51 @@ def fold_words(sources, factors, count, total, dim, ahead):
         factors += 4
     sources += 8
     count -= 1
+    _fold_rest(sources, factors, count, total, dim, ahead, True)
+
+
+@njit
+def _fold_rest(sources, factors, count, total, dim, ahead, is_bf16):
+    """Go on with the fold at `total` over `count` more rows: 64, 16, then single columns at a time."""
     if count == 0:
         return
     column = 0
     while column + 4 * NUM_LANES <= dim:
-        if factors != 0:
-            _fold_weighted_words_64(sources, factors, count, total, column, ahead)
+        if is_bf16:
+            if factors != 0:
+                _fold_weighted_words_64(sources, factors, count, total, column, ahead)
+            else:
+                _fold_words_64(sources, factors, count, total, column, ahead)
+        elif factors != 0:
+            _fold_weighted_64(sources, factors, count, total, column, ahead)
         else:
-            _fold_words_64(sources, factors, count, total, column, ahead)
+            _fold_64(sources, factors, count, total, column, ahead)
         column += 4 * NUM_LANES
     while column + NUM_LANES <= dim:
-        if factors != 0:
-            _fold_weighted_words_16(sources, factors, count, total, column, ahead)
+        if is_bf16:
+            if factors != 0:
+                _fold_weighted_words_16(sources, factors, count, total, column, ahead)
+            else:
+                _fold_words_16(sources, factors, count, total, column, ahead)
+        elif factors != 0:
+            _fold_weighted_16(sources, factors, count, total, column, ahead)
         else:
-            _fold_words_16(sources, factors, count, total, column, ahead)
+            _fold_16(sources, factors, count, total, column, ahead)
         column += NUM_LANES
     if column == dim:
         return
-    sums = float32_at(total + 4 * column, dim - column)
+    sums, item_bytes = float32_at(total + 4 * column, dim - column), 2 if is_bf16 else 4
     for c in range(count):
-        row = load_int64(sources + 8 * c) + 2 * column
-        prefetch(load_int64(sources + 8 * (c + ahead)) + 2 * column)
+        row_at = load_int64(sources + 8 * c) + item_bytes * column
+        prefetch(load_int64(sources + 8 * (c + ahead)) + item_bytes * column)
         factor = load_float32(factors + 4 * c) if factors != 0 else np.float32(1.0)
-        for i in range(sums.size):
-            sums[i] += factor * load_bf16(row + 2 * i)
+        if is_bf16:
+            for i in range(sums.size):
+                sums[i] += factor * load_bf16(row_at + 2 * i)
+        else:
+            row = float32_at(row_at, dim - column)
+            for i in range(sums.size):
+                sums[i] += factor * row[i]
 
 
 @njit
