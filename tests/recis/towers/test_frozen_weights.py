@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batch_source import BatchSource
 
 from recis.checkpoint import latest, read_manifest
 from recis.embedding import TableConfig
@@ -40,30 +41,12 @@ def batch_of(seed: int) -> Batch:
     )  # fmt: skip
 
 
-class Source:
-    """Batches 0 to 5."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __iter__(self):
-        while self.next < 6:
-            self.next += 1
-            yield batch_of(self.next - 1)
-
-    def state_dict(self):
-        return {"next": self.next}
-
-    def load_state_dict(self, state):
-        self.next = state["next"]
-
-
 def run_config(tower) -> TrainConfig:
     part = Part(name="title", optimizer=DenseSgd(lr=0.1), every_steps=4)
     return TrainConfig(
         name="run",
         model=WithTowers(ranker=RANKER, towers=(tower,)),
-        train_data=Source(),
+        train_data=BatchSource(batch_of, 6),
         dense_optimizer=ByPart(rest=DenseAdamW(lr=0.05), parts=(part,)),
     )
 
@@ -97,12 +80,12 @@ def test_a_checkpoint_has_a_hash_for_what_does_not_train(trained):
 
 def test_one_run_has_the_same_weights_straight_and_resumed_between_two_updates_of_the_tower(trained, tmp_path):
     config, straight, _ = trained
-    first = Trainer(replace(config, train_data=Source(), max_steps=2), tmp_path / "half", quiet=True)
+    first = Trainer(replace(config, train_data=BatchSource(batch_of, 6), max_steps=2), tmp_path / "half", quiet=True)
     first.train()
     shutil.copytree(tmp_path / "half", tmp_path / "again")
     text = (tmp_path / "half" / "config.json").read_text().replace('"max_steps": 2', '"max_steps": null')
     (tmp_path / "half" / "config.json").write_text(text)
-    second = Trainer(replace(config, train_data=Source()), tmp_path / "half", resume=True, quiet=True)
+    second = Trainer(replace(config, train_data=BatchSource(batch_of, 6)), tmp_path / "half", resume=True, quiet=True)
     second.train()
     want = straight.model.state_dict()
     assert all(torch.equal(value, want[name]) for name, value in second.model.state_dict().items())

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from batch_source import BatchSource
 from torch import nn
 
 from recis.embedding import TableConfig
@@ -64,24 +65,6 @@ def listed(ranker, width: int = 2):
     return replace(ranker, dense=(*ranker.dense, DenseInput("title", width)))
 
 
-class Source:
-    """Batches 0 to 29."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __iter__(self):
-        while self.next < 30:
-            self.next += 1
-            yield batch_of(self.next - 1)
-
-    def state_dict(self):
-        return {"next": self.next}
-
-    def load_state_dict(self, state):
-        self.next = state["next"]
-
-
 @pytest.mark.parametrize("name", RANKERS)
 def test_first_output_is_that_of_the_ranker_without_the_tower(name):
     torch.manual_seed(1)
@@ -112,7 +95,9 @@ def test_take_over_refuses_what_does_not_agree():
 def test_the_trainer_opens_the_gate(bert_folder, tmp_path):
     tower = TextTowerConfig(name="title", column="text", path=str(bert_folder), out_width=4, frozen_layers=1)
     model = WithTowers(ranker=listed(RANKERS["deepfm"], 4), towers=(tower,))
-    run = TrainConfig(name="run", model=model, train_data=Source(), dense_optimizer=GroupedAdamW(lr=0.05))
+    run = TrainConfig(
+        name="run", model=model, train_data=BatchSource(batch_of, 30), dense_optimizer=GroupedAdamW(lr=0.05)
+    )
     trainer = Trainer(run, tmp_path / "run", quiet=True)
     frozen = {name: value.clone() for name, value in trainer.model.named_parameters() if not value.requires_grad}
     first = trainer.train_step([batch_of(0)]).outputs[0].detach()
@@ -126,7 +111,7 @@ def test_the_trainer_opens_the_gate(bert_folder, tmp_path):
     gate = trainer.model.get_submodule("gates").get_parameter("title")
     assert abs(gate.item()) > 0.01
     assert all(torch.equal(value, frozen[name]) for name, value in trainer.model.named_parameters() if name in frozen)
-    again = Trainer(replace(run, train_data=Source()), tmp_path / "run", resume=True, quiet=True)
+    again = Trainer(replace(run, train_data=BatchSource(batch_of, 30)), tmp_path / "run", resume=True, quiet=True)
     state = trainer.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.model.state_dict().items())
     again.close()
