@@ -4,8 +4,7 @@
 
 Both do the same work at once, one thread each: 4096 bags of 20 ids per process, D = 64, row-wise Adagrad, a table of 1 M
 rows; look up, pool, backward, update, end of step. "shared" spreads one table over the two (half of the ids of a process are
-the other's) and exchanges through memory, or over gloo's sockets; "alone" gives each a table of its own. Target: shared at
-most 1.25 times alone.
+the other's) and exchanges over gloo's sockets; "alone" gives each a table of its own. Target: shared at most 1.25 times alone.
 """
 
 import multiprocessing
@@ -33,7 +32,7 @@ from recis_kernels.philox import hash64
 NUM_BAGS, BAG_SIZE, DIM, NUM_ROWS = 4096, 20, 64, 1_000_000
 NUM_BATCHES = 8
 WORLD_SIZE = 2
-IMPLS = ("shared", "two processes alone", "shared, over sockets", "shared, bfloat16 rows")
+IMPLS = ("shared", "two processes alone", "shared, bfloat16 rows")
 
 
 def steps(ranks: Ranks | None, batches: list[torch.Tensor], *, rows_dtype: torch.dtype) -> Callable[[], int]:
@@ -67,17 +66,13 @@ def serve(rank: int, port: int, distribution: Any, pipe: Connection) -> None:
     store = dist.TCPStore("127.0.0.1", port, WORLD_SIZE, rank == 0, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
     ranks = Ranks(rank, WORLD_SIZE, store=store, group=dist.group.WORLD)
-    sockets = Ranks(rank, WORLD_SIZE, store=store, group=dist.group.WORLD)
-    ranks.use_shared_memory()
-    assert ranks.link is not None
     seeds = [100 * rank + number for number in range(NUM_BATCHES)]
     rows = [draw_rows(distribution, NUM_ROWS, NUM_BAGS * BAG_SIZE, seed, torch.device("cpu")) for seed in seeds]
     batches = [hash64(row) for row in rows]  # ids over the whole range
     runs = {
         IMPLS[0]: steps(ranks, batches, rows_dtype=torch.float32),
         IMPLS[1]: steps(None, batches, rows_dtype=torch.float32),
-        IMPLS[2]: steps(sockets, batches, rows_dtype=torch.float32),
-        IMPLS[3]: steps(ranks, batches, rows_dtype=torch.bfloat16),
+        IMPLS[2]: steps(ranks, batches, rows_dtype=torch.bfloat16),
     }
     pipe.send("ready")
     while (name := pipe.recv()) is not None:
@@ -107,7 +102,7 @@ def test_exchange(benchmark, distribution):
         return [pipe.recv() for pipe in pipes]
 
     shared, alone, *others = (step(name) for name in IMPLS)
-    assert others == [shared, shared]
+    assert others == [shared]
     assert max(shared) < min(alone)  # an owner has half of the ids of both, which have many in common
     compare(
         benchmark,

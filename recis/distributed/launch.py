@@ -121,7 +121,6 @@ class Job:
         self.ranks = Ranks(
             self.rank, self.world_size, store=self.store, group=group, saving=saving, timeout_s=timeout_s
         )
-        self.ranks.use_shared_memory()
         return self.ranks
 
     def meet(self) -> None:

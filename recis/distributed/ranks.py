@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis.distributed.host_link import HostLink, connect
 from recis.errors import RecisError
 
 _NOTE_WAIT_S = 3.0  # how long the others' notes are waited for: all of them meet a dead peer at about the same time
@@ -40,7 +39,6 @@ class Ranks:
 
     Attributes:
         step: the step under way, for messages.
-        link: what all_to_all uses where all ranks share a machine; None: the group's own sockets.
     """
 
     def __init__(
@@ -56,7 +54,6 @@ class Ranks:
         self.rank, self.world_size = rank, world_size
         self.store, self.group, self.saving = store, group, saving
         self.timeout_s = timeout_s
-        self.link: HostLink | None = None
         self._met = 0
         self.step = 0
 
@@ -75,8 +72,6 @@ class Ranks:
         """
         if self.world_size == 1:
             return given
-        if self.link is not None:
-            return self.link.all_to_all(given, send, receive, what)
         taken = given.new_empty((sum(receive), *given.shape[1:]))
         with self._named(what):
             dist.all_to_all_single(taken, given, list(receive), list(send), group=self.group)
@@ -173,11 +168,6 @@ class Ranks:
         if fault is not None:
             raise RankError(f"rank 0: {fault}")
         return value
-
-    def use_shared_memory(self) -> None:
-        """Exchange rows through memory where all ranks can see each other's; every rank calls it once."""
-        if self.world_size > 1:
-            self.link = connect(self)
 
     # ---- faults
 
