@@ -332,7 +332,7 @@ class Trainer:
         state.step = step
         state.samples += num_samples
         state.loss_tensor = loss
-        state.window_loss += loss.double().cpu()
+        state.window_loss = loss.double() + state.window_loss  # stays on the loss's device: no wait for the step's end
         state.window_steps += 1
 
     def _evaluate_now(self) -> None:
