@@ -17,7 +17,7 @@ from recis.jagged.bags import JaggedTensor, check_bags, derive_offsets, describe
 from recis_kernels.columns import join
 from recis_kernels.jagged import offsets_to_lengths
 
-_TORCHREC_EXTRA = 'run `pip install "recis[torchrec]"`, then `pip install --no-deps torchrec==1.8.0`'
+TORCHREC_EXTRA = 'run `pip install "recis[torchrec]"`, then `pip install --no-deps torchrec==1.8.0`'
 
 
 class KeyedJaggedTensor:
@@ -287,11 +287,15 @@ class KeyedJaggedTensor:
         """Return the same batch over the same storage as TorchRec's KeyedJaggedTensor.
 
         Raises:
-            ValueError: it has another stride per key, which has no counterpart here.
+            ValueError: it has another stride per key, or inverse indices, which have no counterpart here.
         """
         if kjt.variable_stride_per_key():
             raise ValueError(
                 "this KeyedJaggedTensor has a stride per key, which ours cannot have: pad its features to one B"
+            )
+        if kjt.inverse_indices_or_none() is not None:
+            raise ValueError(
+                "this KeyedJaggedTensor has inverse_indices, which ours cannot have: expand its samples first"
             )
         return KeyedJaggedTensor(
             kjt.keys(), kjt.values(), lengths=kjt.lengths(), weights=kjt.weights_or_none(), stride=kjt.stride()
@@ -322,5 +326,5 @@ def _torchrec_class() -> Any:
     try:
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecJagged
     except ImportError as error:
-        raise ImportError(f"to_torchrec needs TorchRec: {_TORCHREC_EXTRA}") from error
+        raise ImportError(f"to_torchrec needs TorchRec: {TORCHREC_EXTRA}") from error
     return TorchRecJagged

@@ -1,0 +1,229 @@
+"""Two gloo ranks that train static tables of TorchRec beside dynamic ones, with and without its pipeline.
+
+    python torchrec_job.py FOLDER     writes plain-0.pt, plain-1.pt, pipeline-0.pt, ... and a checkpoint into FOLDER
+
+One process imports everything, then forks the ranks: an import of TorchRec takes seconds.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection as StaticTables
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecKeyed
+
+from recis.checkpoint import Boundary, Saver
+from recis.embedding import Feature, LruCapacity, TableConfig
+from recis.optim import Adam, RowWiseAdagrad
+from recis.torchrec import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection
+
+WORLD_SIZE, NUM_STEPS, BATCH, LR = 2, 5, 6, 0.1
+KEYS = ("user", "item", "seen", "shop", "path")
+STATIC_ROWS = {"user": 40, "shop": 12}
+EVICTION = (LruCapacity(9),)
+
+
+def dynamic_tables() -> list[TableConfig]:
+    """Return two tables of one store and one of another; one of them evicts."""
+    adagrad, adam = RowWiseAdagrad(lr=LR), Adam(lr=LR)
+    return [
+        TableConfig(name="item", features=("item", Feature("seen", "mean")), embedding_dim=4, optimizer=adagrad),
+        TableConfig(
+            name="path", features=(Feature("path", "none"),), embedding_dim=4, optimizer=adam, eviction=EVICTION
+        ),
+    ]
+
+
+def first_weights(weights: Tensor) -> None:
+    """Fill a table's weights in place by a function of their place."""
+    with torch.no_grad():
+        weights.copy_(torch.arange(weights.numel()).view(weights.shape).sin() * 0.1)
+
+
+def static_tables(device: str) -> StaticTables:
+    """Return TorchRec's tables for the features user and shop."""
+    configs = [
+        EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=4, feature_names=[name], init_fn=first_weights)
+        for name, rows in STATIC_ROWS.items()
+    ]
+    return StaticTables(configs, device=torch.device(device))
+
+
+def batch(step: int, rank: int) -> TorchRecKeyed:
+    """Return a rank's batch of a step; many ids of the dynamic tables are on both ranks, some features are empty."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    lengths = torch.randint(0, 4, (len(KEYS), BATCH), generator=generator)
+    values = []
+    for number, key in enumerate(KEYS):
+        count = int(lengths[number].sum())
+        if key in STATIC_ROWS:
+            values.append(torch.randint(0, STATIC_ROWS[key], (count,), generator=generator))
+        else:
+            values.append(torch.randint(-7, 7, (count,), generator=generator) * 2**40)
+    return TorchRecKeyed(keys=list(KEYS), values=torch.cat(values), lengths=lengths.flatten())
+
+
+class Model(nn.Module):
+    """Static tables, dynamic ones, pooled and not, and a linear top."""
+
+    def __init__(self, static: nn.Module, pooled: nn.Module, single: nn.Module) -> None:
+        super().__init__()
+        self.static, self.pooled, self.single = static, pooled, single
+        self.top = nn.Linear(16, 1)
+        first_weights(self.top.weight)
+        nn.init.zeros_(self.top.bias)
+
+    def forward(self, features: TorchRecKeyed) -> tuple[Tensor, Tensor]:
+        static, pooled, single = self.static(features), self.pooled(features), self.single(features)
+        scores = self.top(torch.cat([static.values(), pooled.values()], dim=1))
+        return (scores - 1).square().mean() + single["path"].values().square().sum() / BATCH, scores
+
+
+def build(events: list[str]) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Return the model under DMP and the optimizer of all its parts; `events` notes what happens in which order."""
+    pooled = DynamicEmbeddingBagCollection(dynamic_tables(), seed=3, features=["item", "seen"])
+    single = DynamicEmbeddingCollection(pooled, features=["path"])
+    model = Model(static_tables("meta"), pooled, single)
+    apply_optimizer_in_backward(torch.optim.SGD, model.static.parameters(), {"lr": LR})
+    constraints = {
+        "user": ParameterConstraints(
+            sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+        )
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, compute_device="cpu"),
+        constraints=constraints,
+    )
+    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
+    assert dist.group.WORLD is not None
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    dmp = DistributedModelParallel(model, plan=plan, sharders=sharders)
+    dense = dict(in_backward_optimizer_filter(dmp.named_parameters()))
+    optimizer = CombinedOptimizer(
+        [dmp.fused_optimizer, KeyedOptimizerWrapper(dense, lambda params: torch.optim.SGD(params, lr=LR))]
+    )
+    _note(events, pooled, optimizer)
+    return dmp, optimizer
+
+
+def _note(events: list[str], pooled: Any, optimizer: Any) -> None:
+    ask, step = pooled.input_dist, optimizer.step
+
+    def noted_ask(*args: Any, **kwargs: Any) -> Any:
+        events.append("ask")
+        return ask(*args, **kwargs)
+
+    def noted_step(*args: Any, **kwargs: Any) -> Any:
+        events.append("step")
+        return step(*args, **kwargs)
+
+    pooled.input_dist, optimizer.step = noted_ask, noted_step
+
+
+def train(rank: int, *, pipelined: bool) -> tuple[DistributedModelParallel, dict[str, Any]]:
+    """Train NUM_STEPS steps; return the model and what came of it."""
+    events: list[str] = []
+    dmp, optimizer = build(events)
+    scores, names = [], []
+    batches: Iterator[TorchRecKeyed] = iter([batch(step, rank) for step in range(NUM_STEPS)])
+    if pipelined:
+        pipeline = TrainPipelineSparseDist(dmp, optimizer, torch.device("cpu"))
+        scores += [pipeline.progress(batches).detach().clone() for _ in range(NUM_STEPS)]
+        forwards: list[Any] = [module.forward for module in pipeline._pipelined_modules]
+        names = [forward.name for forward in forwards]
+        pipeline.detach()
+    else:
+        for features in batches:
+            optimizer.zero_grad()
+            loss, found = dmp(features)
+            loss.backward()
+            optimizer.step()
+            scores.append(found.detach().clone())
+    dmp.eval()
+    with torch.no_grad():
+        scores.append(dmp(batch(99, rank))[1])
+    module: Any = dmp.module
+    plan: Any = dmp.plan.plan
+    return dmp, {
+        "scores": scores,
+        "events": events,
+        "pipelined": sorted(names),
+        "planned": {path: sorted(tables) for path, tables in plan.items()},
+        "rows": {table.name: table.export() for table in module.pooled.table_set},
+        "counters": {table.name: table.counters().to_dict() for table in module.pooled.table_set},
+        "step": module.pooled.table_set.step,
+        "dense": {name: value.detach().clone() for name, value in module.top.named_parameters()},
+        "state_dict": sorted(dmp.state_dict()),
+        "optimizer_state": sorted(dmp.fused_optimizer.state_dict()["state"]),
+    }
+
+
+def save(dmp: DistributedModelParallel, folder: Path) -> None:
+    """Write a checkpoint of the dynamic tables and the dense part by both ranks."""
+    module: Any = dmp.module
+    saver = Saver(folder / "run", peers=module.pooled.ranks, background=False)
+    table_set = module.pooled.table_set
+    dense = {name: value.detach() for name, value in module.top.named_parameters()}
+    saver.save(Boundary(step=table_set.step, seed=3, table_sets=[table_set], dense=dense))
+    saver.close()
+
+
+def forgets_to_step(dmp: DistributedModelParallel, rank: int) -> str:
+    """Return what is said when a second batch is trained before the rows were updated."""
+    dmp.train()
+    dmp(batch(0, rank))[0].backward()
+    try:
+        dmp(batch(1, rank))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    """Be one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD_SIZE)
+    for kind in ("plain", "pipeline"):
+        dmp, results = train(rank, pipelined=kind == "pipeline")
+        if kind == "plain":
+            save(dmp, folder)
+            results["forgot"] = forgets_to_step(dmp, rank)
+        torch.save(results, folder / f"{kind}-{rank}.pt")
+        del dmp
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    """Fork the ranks and return 0 if both ended well."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    pids = []
+    for rank in range(WORLD_SIZE):
+        pid = os.fork()
+        if pid == 0:
+            rank_main(rank, folder)
+            return 0
+        pids.append(pid)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in pids)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
