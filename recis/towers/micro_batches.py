@@ -17,7 +17,8 @@ from recis.towers.batching import length_batches
 
 Run = Callable[[Tensor, Tensor], Tensor]
 RunPass = Callable[[Tensor, Tensor, int], Tensor]
-WIDTH_STEP, ROW_STEP = 4, 64
+WIDTH_STEP, ROW_STEP, FEW_ROWS = 4, 64, 16
+MAX_WASTE = 0.2  # of a pass's places; half of them would be padding if all texts of a batch went in one
 
 
 def in_passes(run: Run, ids: Tensor, lengths: Tensor, *, max_tokens: int, recompute: bool) -> Tensor:
@@ -57,15 +58,16 @@ def first_of_each(place: Tensor) -> Tensor:
 def passes_over(run: RunPass, rows: Tensor, lengths: Tensor, place: Tensor, max_tokens: int, recompute: bool) -> Tensor:
     """Return [B, H]: run(rows of a pass, their lengths, its width) for all `rows` [U], spread by `place` [B].
 
-    Widths are rounded up, and large passes filled up with copies of their first row, whose result is dropped: libraries make
-    and keep code for every shape they meet, which with shapes of any size takes longer than the work and gigabytes.
+    Widths are rounded up, and passes of more than FEW_ROWS rows filled up with copies of their first row, whose result is
+    dropped: libraries make and keep code for every shape they meet, which with shapes of any size takes longer than the work
+    and gigabytes.
     """
     own = lengths[rows]
     widths = own.add(WIDTH_STEP - 1).div(WIDTH_STEP, rounding_mode="floor").mul(WIDTH_STEP).tolist()
     outputs, order = [], []
-    for batch in length_batches(widths, max_tokens=max_tokens, max_waste=0.5):
+    for batch in length_batches(widths, max_tokens=max_tokens, max_waste=MAX_WASTE):
         chosen = torch.tensor(batch, device=rows.device)
-        extra = -len(batch) % ROW_STEP if len(batch) > ROW_STEP else 0
+        extra = -len(batch) % (ROW_STEP if len(batch) > ROW_STEP else FEW_ROWS) if len(batch) > FEW_ROWS else 0
         full = torch.cat([chosen, chosen[:1].expand(extra)])
         given = (rows[full], own[full], max(widths[number] for number in batch))
         out = checkpoint(run, *given, use_reentrant=False) if recompute else run(*given)

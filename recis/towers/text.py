@@ -60,6 +60,8 @@ class TextTowerConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     bf16: bool = False
     """Run the backbone in bfloat16 autocast."""
+    dropout: bool = True
+    """Whether the layers that train drop what their folder's config says; False runs them as in evaluation."""
     micro_batch_tokens: int | None = None
     """Token places of one pass through the backbone (see recis.towers.micro_batches); None: a batch is one pass."""
     seed: int = 0
@@ -78,6 +80,11 @@ class TextTowerConfig:
         if not self.lr_scale >= 0 or self.lora_rank < 0:
             raise ConfigError(
                 f"{where}: lr_scale and lora_rank must not be negative; got {self.lr_scale}, {self.lora_rank}"
+            )
+        if self.gradient_checkpointing and not self.dropout:
+            raise ConfigError(
+                f"{where}: a backbone as in evaluation keeps its activations; with dropout=False set micro_batch_tokens "
+                "in place of gradient_checkpointing"
             )
         if self.lora_rank and self.frozen_layers is not None:
             raise ConfigError(f"{where}: with LoRA the backbone's own weights are frozen; leave frozen_layers at None")
@@ -136,9 +143,9 @@ class TextTower(nn.Module):
             )
 
     def train(self, mode: bool = True) -> "TextTower":
-        """Switch dropout on or off; frozen layers keep it off."""
+        """Switch dropout on or off; frozen layers, and all where the config says so, keep it off."""
         super().train(mode)
-        if mode and not self.trains_backbone:
+        if mode and not (self.trains_backbone and self.config.dropout):
             self.model.eval()
         elif mode and self.config.frozen_layers:
             self.model.get_input_embeddings().eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recis.jagged import JaggedTensor
-from recis.towers.micro_batches import ROW_STEP, WIDTH_STEP, distinct_rows, in_passes
+from recis.towers.micro_batches import FEW_ROWS, MAX_WASTE, ROW_STEP, WIDTH_STEP, distinct_rows, in_passes
 from recis.towers.text import TextTowerConfig
 
 TEXTS = ["w1 w2 w3", "w9", "", "w9", "w4 w4 w5 w6 w7 w8", "w1 w2 w3"]
@@ -55,8 +55,22 @@ def test_few_shapes_occur_and_filled_rows_change_nothing():
         upstream = torch.randn(num, 3, generator=generator)
         got = gradients(in_passes(noted, ids, lengths, max_tokens=4096, recompute=num % 2 == 0), upstream)
         torch.testing.assert_close(got, gradients(run(ids, lengths), upstream), rtol=1e-4, atol=1e-4)
-    assert all(width % WIDTH_STEP == 0 and (rows % ROW_STEP == 0 or rows <= ROW_STEP) for rows, width in shapes)
+    assert all(width % WIDTH_STEP == 0 for _, width in shapes)
+    assert all(rows % (ROW_STEP if rows > ROW_STEP else FEW_ROWS) == 0 or rows <= FEW_ROWS for rows, _ in shapes)
     assert len(shapes) <= 20
+
+
+def test_texts_of_unlike_length_do_not_share_a_pass():
+    places = []
+
+    def run(ids, lengths):
+        places.append(ids.numel())
+        return ids.sum(1, keepdim=True).float()
+
+    lengths = torch.tensor([4] * 256 + [8] * 512 + [16] * 64)
+    ids = torch.arange(1, len(lengths) + 1)[:, None] * (torch.arange(16) < lengths[:, None])
+    assert in_passes(run, ids, lengths, max_tokens=100_000, recompute=False)[:, 0].equal(ids.sum(1).float())
+    assert int(lengths.sum()) >= (1 - MAX_WASTE) * sum(places)
 
 
 @pytest.mark.parametrize("limit", [1, 8, 1000])

@@ -104,6 +104,20 @@ def test_everything_frozen_runs_without_gradient_and_without_dropout(bert_folder
     assert all(value.grad is not None and value.grad.any() for value in tower.projection.parameters())
 
 
+def test_without_dropout_training_gives_what_evaluation_gives(bert_folder):
+    for dropout in (True, False):
+        tower = config(bert_folder, frozen_layers=1, dropout=dropout).build()
+        for module in tower.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        evaluated, trained = tower.eval()(strings(TEXTS)), tower.train()(strings(TEXTS))
+        assert torch.equal(evaluated, trained) is not dropout
+        trained.sum().backward()
+        assert any(value.grad is not None for value in tower.model.parameters())
+    with pytest.raises(ConfigError, match="set micro_batch_tokens in place of gradient_checkpointing"):
+        config(bert_folder, gradient_checkpointing=True, dropout=False)
+
+
 def test_freeze_depth_trains_the_layers_above_alone(bert_folder):
     tower = config(bert_folder, frozen_layers=1, lr_scale=0.25).build().train()
     trained = {name for name, value in tower.named_parameters() if value.requires_grad}
