@@ -28,12 +28,11 @@ from torch import Tensor
 from recis.embedding import AfterSightings, Feature, Normal, TableConfig
 from recis.errors import ConfigError
 from recis.features import FeatureSpec
-from recis.io import Batch, DataConfig, Ids, Weight
-from recis.jagged import JaggedTensor, KeyedJaggedTensor
+from recis.io import DataConfig, Ids, Weight
 from recis.models.inputs import DenseInput
 from recis.models.losses import softmax_loss
 from recis.models.sampling import Catalogue, HardNegatives, UniformNegatives
-from recis.models.two_tower import Tower, TwoTower, TwoTowerConfig, positive_score
+from recis.models.two_tower import Tower, TwoTowerConfig, positive_score
 from recis.optim import Adam, Cosine
 from recis.optim.schedule import Constant
 from recis.recipes.item_text import title_encoder
@@ -44,6 +43,7 @@ from recis.recipes.retail_history import History
 from recis.recipes.retail_log import WINDOW_DAYS, PurchaseLog, read_log
 from recis.recipes.retail_purchases import HISTORIES, write_questions, write_samples
 from recis.recipes.retail_ranks import Targets, group_quality, table, targets_at
+from recis.recipes.retail_tower_lists import item_scores, items_batch, keep_source, recommend_file
 from recis.towers import (
     ByPart,
     CutEncoder,
@@ -51,12 +51,13 @@ from recis.towers import (
     EmbeddingTowerConfig,
     Part,
     TextTowerConfig,
-    TowerRanker,
     WithTowers,
     memory_report,
     precompute,
 )
 from recis.trainer import DenseAdamW, TrainConfig, Trainer
+
+__all__ = ["recommend_file", "retail_towers"]
 
 Stage = Literal["ids", "frozen", "projected", "joint"]
 STAGES: tuple[Stage, ...] = ("ids", "frozen", "projected", "joint")
@@ -144,6 +145,7 @@ def prepare(data: Path, out: Path, *, encoder: str, hide_weeks: int, days: int) 
         write_samples(log, split, days, titles, folder / "samples.parquet")
     if not (folder / "questions.parquet").exists():
         write_questions(log, split, targets_at(log, split).customers, folder / "questions.parquet")
+    keep_source(folder, data, hide_weeks)
     chosen = title_encoder(titles, out / "encoder", name=encoder)
     tower = TextTowerConfig(name=TITLE, column="item", path=str(chosen), max_tokens=MAX_TOKENS).build().eval()
     precompute(tower, np.arange(log.num_items), titles, out / "vectors")
@@ -160,28 +162,6 @@ def prepare(data: Path, out: Path, *, encoder: str, hide_weeks: int, days: int) 
 def titles_of(log: PurchaseLog) -> list[str]:
     """Return the text of each item number: its description in lower case, blanks single."""
     return [" ".join(text.lower().split()) for text in log.descriptions]
-
-
-def items_batch(items: np.ndarray | Tensor) -> Batch:
-    """Return a batch of items by number, as the item tower reads it."""
-    numbers = torch.as_tensor(items, dtype=torch.int64)
-    return _batch({"item": JaggedTensor(numbers, torch.ones(len(numbers), dtype=torch.int64))}, len(numbers))
-
-
-def _batch(sparse: dict[str, JaggedTensor], size: int) -> Batch:
-    return Batch(
-        sparse=KeyedJaggedTensor.from_jagged(sparse, stride=size),
-        dense=torch.zeros(size, 0),
-        dense_keys=(),
-        dense_widths=(),
-        labels=torch.zeros(size, 0),
-        label_mask=None,
-        label_weights=None,
-        weights=torch.ones(size),
-        group_ids=None,
-        extras={},
-        num_samples=size,
-    )
 
 
 def catalogue(samples: str) -> Catalogue:
@@ -304,17 +284,10 @@ def has_fast_bfloat16() -> bool:
 # ---- what comes of it
 
 
-@torch.no_grad()
 def scores_of(trainer: Trainer, folder: Path, num_items: int) -> Tensor:
     """Return the model's scores [N, I] of all items for the questions of a run."""
-    model = trainer.model
-    towers = model.ranker if isinstance(model, TowerRanker) else model
-    assert isinstance(towers, TwoTower)
-    model.eval()
     questions = pq.read_table(folder / "purchases" / "questions.parquet")
-    size = len(questions)
-    users = _batch({name: JaggedTensor.from_lists(questions[name].to_pylist()) for name in HISTORIES}, size)
-    return towers.user_vectors(users) @ towers.item_vectors(items_batch(np.arange(num_items))).T
+    return item_scores(trainer, [questions[name].to_pylist() for name in HISTORIES], np.arange(num_items))
 
 
 def validate(trainer: Trainer, *, folder: Path, data: Path, hide_weeks: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Items by their text: samples and groups by hand, nothing of the future is read, and the run prints every stage."""
 
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,8 @@ from recis.recipes.item_text import fresh_encoder, learn_halves, title_encoder
 from recis.recipes.retail_log import clean
 from recis.recipes.retail_purchases import MAX_ITEMS, Baskets, write_questions, write_samples
 from recis.recipes.retail_ranks import Targets, group_quality, mean_interval, table, targets_at
+from recis.recipes.retail_tower_lists import item_scores, kept_log
+from recis.runs import open_run
 
 START = datetime(2011, 1, 1)
 DAY_0 = float((START - datetime(1970, 1, 1)).days)
@@ -169,3 +172,23 @@ def test_the_run_trains_every_stage_and_prints_them(tmp_path, capsys):
     ] == []
     stages = {path.name for path in (tmp_path / "run").iterdir() if path.name.endswith("-0")}
     assert stages == {"ids-0", "frozen-0", "projected-0"}
+    users, best = tmp_path / "users.txt", tmp_path / "best.parquet"
+    users.write_text("3\n99999\n7\n")
+    asked = ["--users", str(users), "--k", "6", "--out", str(best)]
+    assert main(["recommend", "--run", str(tmp_path / "run"), *asked]) == 0
+    rows = pq.read_table(best).to_pylist()
+    assert [row["CustomerID"] for row in rows] == [3] * 6 + [99999] * 6 + [7] * 6
+    assert [row["unknown_customer"] for row in rows] == [False] * 6 + [True] * 6 + [False] * 6
+    assert [row["rank"] for row in rows] == [*range(1, 7)] * 3
+    assert all(len({row["StockCode"] for row in rows[at : at + 6]}) == 6 for at in (0, 6, 12))
+    assert all(a["score"] >= b["score"] for a, b in pairwise(rows) if a["rank"] < b["rank"])
+    # by hand for one customer: its histories at the log's end, each item's score, the best first
+    trainer = open_run(tmp_path / "run").trainer
+    ends = np.searchsorted(Baskets(log).customer, 7, side="right")
+    histories = Baskets(log).histories(int(ends), log.end)
+    scores = item_scores(trainer, [[own] for own in histories], np.arange(log.num_items))[0]
+    wanted = scores.sort(descending=True, stable=True).indices[:6].tolist()
+    assert [row["StockCode"] for row in rows[12:]] == [log.stock_codes[item] for item in wanted]
+    (tmp_path / "run" / "purchases" / "source.json").unlink()
+    with pytest.raises(ConfigError, match="its log is not known; train it again"):
+        kept_log(tmp_path / "run" / "purchases")
