@@ -245,6 +245,7 @@ def _print_json(command: str, model: Path, data: str, num_samples: int, metrics:
 
 def _parser() -> argparse.ArgumentParser:
     from recis.ebrm.cli import add_ebrm
+    from recis.scale.cli import add_scale
     from recis.tagger.cli import add_tag
     from recis.towers.cli import add_towers
 
@@ -261,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ebrm(commands)
     add_tag(commands)
     add_towers(commands)
+    add_scale(commands)
     bench = commands.add_parser("bench", help="Results of `make bench`.", description="Results of `make bench`.")
     bench_commands = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     report = _add(

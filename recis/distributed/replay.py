@@ -62,10 +62,17 @@ VOLUMES = tuple(field.name for field in fields(Volumes))
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """One step: volumes per lookup, without and with copies of the hot ids (None before these are chosen)."""
+    """One step.
+
+    Attributes:
+        plain: volumes of each lookup.
+        hot: the same with copies of the hot ids; None before these are chosen.
+        asked_per_table: int64 [T], distinct ids of each table that ranks ask for, summed over them.
+    """
 
     plain: tuple[Volumes, ...]
     hot: tuple[Volumes, ...] | None
+    asked_per_table: np.ndarray
 
 
 class Replay:
@@ -107,11 +114,13 @@ class Replay:
         self._seen = torch.zeros(1024, dtype=torch.int64)  # sightings in earlier steps
         self._asking = torch.zeros(1024, dtype=torch.int64)  # ranks that ask in the first step
         self._is_hot: Tensor | None = None
+        self._asked = np.zeros(num_tables, np.int64)
 
     def step(self, ids: TraceStep) -> ReplayedStep:
         """Look up the ids of one step, num_samples div W samples per rank."""
         self.num_steps += 1
         plain, hot, sightings = [], [], []
+        self._asked = np.zeros(len(self.shape.tables), np.int64)
         for features in self.shape.lookups:
             without, copies = self._look_up(ids, features, sightings)
             plain.append(without)
@@ -119,7 +128,7 @@ class Replay:
         for numbers, counts in sightings:  # admission looks at earlier steps alone
             self._seen.index_add_(0, numbers, counts)
         chosen = tuple(volumes for volumes in hot if volumes is not None)
-        result = ReplayedStep(tuple(plain), chosen if self._is_hot is not None else None)
+        result = ReplayedStep(tuple(plain), chosen if self._is_hot is not None else None, self._asked)
         if self.hot_ids and self._is_hot is None:
             self._choose_hot()
         return result
@@ -131,6 +140,7 @@ class Replay:
         values, bounds, segments = self._ranges(ids, features)
         asked = unique_ids(values, segments, bounds)  # per rank and table, as each rank would
         rank, table = (asked.segments // num_tables).long(), asked.segments % num_tables
+        self._asked += torch.bincount(table, minlength=num_tables).numpy()
         owner = self._owners.of(asked.ids).long()
         every = unique_ids(asked.ids, table)  # what owners see of all ranks together
         numbers = self._numbers_of(every.ids, every.segments)

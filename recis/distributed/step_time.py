@@ -1,0 +1,128 @@
+"""How long a step of W ranks takes, from its volumes and measured costs: phase by phase, the slowest rank of each.
+
+    distinct ids, numbers of ids, ids, lookup at owners, rows, pooling   of each lookup
+    weights and losses, dense part, dense gradients
+    sums of gradients, gradients, update at owners                       of each lookup
+    copies of hot ids: their gradients are all-reduced and every rank updates them
+
+An exchange waits for all, so phases are added and ranks are not: no phase overlaps another. Each rank has a core of its own
+unless `cores` says that all of them share so many.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from recis.distributed.costs import Costs
+from recis.distributed.replay import WORD_BYTES, Volumes
+from recis.distributed.shape import ModelShape
+
+_COUNT_BYTES = 8  # of a number of pairs in the exchange of numbers
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase: its name, the seconds of each rank [W], the bytes each sends [W] and receives [W] in it."""
+
+    name: str
+    seconds: np.ndarray
+    sent: np.ndarray
+    received: np.ndarray
+
+    def wall_s(self, cores: int | None) -> float:
+        """Return the seconds until the slowest rank is done; with fewer cores than ranks, until all work is."""
+        slowest = float(self.seconds.max())
+        return slowest if cores is None else max(slowest, float(self.seconds.sum()) / cores)
+
+
+def phases_of_step(
+    shape: ModelShape,
+    volumes: Sequence[Volumes],
+    costs: Costs,
+    *,
+    batch: float,
+    hot_per_table: np.ndarray | None = None,
+) -> list[Phase]:
+    """Return the phases of a step in order.
+
+    Args:
+        shape: of the model.
+        volumes: of each lookup.
+        costs: of the machine and its link.
+        batch: samples per rank.
+        hot_per_table: int64 [T], copies that every rank keeps; None = none.
+    """
+    ranks = volumes[0].positions.size
+    found: list[Phase] = []
+    for number, one in enumerate(volumes):
+        found += _lookup(shape, number, one, costs, ranks)
+    found += _dense(shape, costs, ranks, batch)
+    for number, one in enumerate(volumes):
+        found += _gradients(shape, number, one, costs, ranks)
+    if hot_per_table is not None and hot_per_table.any():
+        found.append(_hot(shape, hot_per_table, costs, ranks))
+    return found
+
+
+def _still(name: str, seconds: np.ndarray) -> Phase:
+    none = np.zeros(seconds.size, np.int64)
+    return Phase(name, seconds, none, none)
+
+
+def _exchange(name: str, sent: np.ndarray, received: np.ndarray, costs: Costs) -> Phase:
+    return Phase(name, costs.all_to_all(np.maximum(sent, received), sent.size), sent, received)
+
+
+def _gather(name: str, num_bytes: int, costs: Costs, ranks: int) -> Phase:
+    moved = np.full(ranks, num_bytes * (ranks - 1), np.int64)
+    return Phase(name, np.full(ranks, costs.all_gather(num_bytes, ranks)), moved, moved)
+
+
+def _lookup(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: int) -> Iterator[Phase]:
+    row = FLOAT_BYTES * shape.dim_of(number)
+    travelling = shape.row_item(number) * shape.dim_of(number)
+    row_bytes = shape.table_of(shape.lookups[number][0]).row_bytes
+    pairs = one.asked + one.local
+    yield _still("distinct ids", costs.seconds("dedup", one.positions) + costs.seconds("deal", pairs))
+    yield _gather("numbers of ids", _COUNT_BYTES * ranks * len(shape.tables_of(number)), costs, ranks)
+    yield _exchange("ids", WORD_BYTES * one.words_out, WORD_BYTES * one.words_in, costs)
+    served = one.received + one.local
+    yield _still(
+        "lookup at owners",
+        costs.seconds("lookup", served, served * row) + costs.seconds("insert", one.inserted, one.inserted * row_bytes),
+    )
+    yield _exchange("rows", (one.received - one.own) * travelling, (one.asked - one.own) * travelling, costs)
+    yield _still("pooling", costs.seconds("pool", one.positions, one.positions * row))
+
+
+def _gradients(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: int) -> Iterator[Phase]:
+    row = FLOAT_BYTES * shape.dim_of(number)
+    travelling = shape.rows_item * shape.dim_of(number)
+    row_bytes = shape.table_of(shape.lookups[number][0]).row_bytes
+    yield _still("sums of gradients", costs.seconds("sums", one.positions, one.positions * row))
+    yield _exchange("gradients", (one.asked - one.own) * travelling, (one.received - one.own) * travelling, costs)
+    moved = one.received * row + one.distinct * row_bytes
+    yield _still("update at owners", costs.seconds("update", one.received, moved))
+
+
+def _dense(shape: ModelShape, costs: Costs, ranks: int, batch: float) -> Iterator[Phase]:
+    fixed, per_sample = shape.dense_s
+    yield _gather("weights and losses", 2 * FLOAT_BYTES, costs, ranks)
+    yield _still("dense part", np.full(ranks, fixed + per_sample * batch))
+    if shape.dense_parameters:
+        chunk = FLOAT_BYTES * -(-shape.dense_parameters // ranks)
+        moved = np.full(ranks, chunk * (ranks - 1), np.int64)
+        yield _exchange("dense gradients", moved, moved, costs)
+        yield _gather("sums of dense gradients", chunk, costs, ranks)
+
+
+def _hot(shape: ModelShape, hot_per_table: np.ndarray, costs: Costs, ranks: int) -> Phase:
+    """All-reduce of the hot ids' sums (reduce-scatter, all-gather), and their update on every rank."""
+    item = FLOAT_BYTES * np.array([table.dim for table in shape.tables])
+    state = np.array([table.row_bytes for table in shape.tables])
+    reduced = int((hot_per_table * item).sum())
+    moved = np.full(ranks, 2 * reduced * (ranks - 1) // ranks, np.int64)
+    update = costs.seconds("update", float(hot_per_table.sum()), float((hot_per_table * (item + state)).sum()))
+    return Phase("copies of hot ids", 2 * costs.all_to_all(moved / 2, ranks) + update, moved, moved)
