@@ -2,6 +2,7 @@
 
     jagged_to_torchrec, jagged_from_torchrec                       one feature without a copy; a batch has methods for it
     DynamicEmbeddingBagCollection, DynamicEmbeddingCollection      dynamic tables inside a DistributedModelParallel
+    to_torchrec, from_torchrec, Exported, FixedVocabulary          a collection as TorchRec's, with fixed ids, and back
 
 Names are imported on first use and need TorchRec then; importing this package needs nothing.
 """
@@ -13,20 +14,30 @@ from recis.jagged.keyed import TORCHREC_EXTRA
 
 if TYPE_CHECKING:
     from recis.torchrec.dynamic import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection
+    from recis.torchrec.export import Exported, from_torchrec, to_torchrec
     from recis.torchrec.jagged import jagged_from_torchrec, jagged_to_torchrec
+    from recis.torchrec.vocabulary import FixedVocabulary
 
 _HOME = {
     "DynamicEmbeddingBagCollection": "dynamic",
     "DynamicEmbeddingCollection": "dynamic",
+    "Exported": "export",
+    "FixedVocabulary": "vocabulary",
+    "from_torchrec": "export",
     "jagged_from_torchrec": "jagged",
     "jagged_to_torchrec": "jagged",
+    "to_torchrec": "export",
 }
 
 __all__ = [
     "DynamicEmbeddingBagCollection",
     "DynamicEmbeddingCollection",
+    "Exported",
+    "FixedVocabulary",
+    "from_torchrec",
     "jagged_from_torchrec",
     "jagged_to_torchrec",
+    "to_torchrec",
 ]
 
 
