@@ -7,6 +7,9 @@
     none            the query constrains the type -> share of relevant pairs among items that state no value, w = 1
                     else 1                                                                                 w = 0.5
 
+Of a type that shoppers always mean, such as the category, silence frees nothing: "smeg fab5" wants a fridge. Its values get
+rows from mentions and clicks alone.
+
 Without the rows of free types a scorer sees real values almost only where they are refused, and learns that a brand, asked
 for or not, is refused.
 
@@ -104,15 +107,18 @@ def mention_rows(query: str, mentioned: Mapping[str, Iterable[str]], candidates:
     return rows
 
 
-def free_rows(query: str, mentioned: Iterable[str], candidates: Iterable[str]) -> list[QERow]:
+def free_rows(
+    query: str, mentioned: Iterable[str], candidates: Iterable[str], always_meant: Iterable[str] = ()
+) -> list[QERow]:
     """Return weak positives for values of types that a query names nothing of.
 
     Args:
         query: text.
         mentioned: types that the query names a value of.
         candidates: entity ids, such as those of the query's items; `none` ids are left out, `none_rows` has them.
+        always_meant: types that are never free.
     """
-    named = set(mentioned)
+    named = {*mentioned, *always_meant}
     free = [e for e in dict.fromkeys(candidates) if type_of(e) not in named and e != none_id(type_of(e))]
     return [QERow(query=query, entity=entity, y=1.0, w=WEAK_WEIGHT, src="mention") for entity in free]
 
@@ -163,7 +169,13 @@ def click_rows(query: str, values: Sequence[EntityClicks]) -> list[QERow]:
     return rows
 
 
-def none_rows(query: str, constrained: Iterable[str], types: Iterable[str], shares: Mapping[str, float]) -> list[QERow]:
+def none_rows(
+    query: str,
+    constrained: Iterable[str],
+    types: Iterable[str],
+    shares: Mapping[str, float],
+    always_meant: Iterable[str] = (),
+) -> list[QERow]:
     """Return a row for `<type>:none` of each type.
 
     Args:
@@ -172,8 +184,9 @@ def none_rows(query: str, constrained: Iterable[str], types: Iterable[str], shar
         types: all types.
         shares: type -> share of relevant pairs among items that state no value while the query constrains the type, from
             `none_shares`; a constrained type that is not in it gives no row.
+        always_meant: types that are constrained whether the query names them or not.
     """
-    asked = set(constrained)
+    asked = {*constrained, *always_meant}
     rows = []
     for kind in types:
         if kind not in asked:

@@ -118,7 +118,8 @@ def rows_from_logs(
         schema: of the entities.
         impressions: of the train part's queries; without them there are no click rows.
         composed: queries to compose from the pairs' items besides; None for none.
-        category_type: clicks of queries that name one value of it are compared with all clicks of such queries.
+        category_type: clicks of queries that name one value of it are compared with all clicks of such queries; a query
+            that names none still means one, so its values are never free.
         keep_free_negatives: keep negatives from clicks of types that the query names no value of. Where few items answer a
             query, their other properties look refused though nobody asked for them: see `pricerunner_qe.stage_a_rows`.
     """
@@ -133,10 +134,10 @@ def rows_from_logs(
     rows: list[QERow] = []
     for place, own in pairs.by_query():
         candidates = dict.fromkeys(entity for item in pairs.item[own].tolist() for entity in ids[item])
-        rows += text_rows(pairs.queries[place], named[place], candidates, schema, shares)
+        rows += text_rows(pairs.queries[place], named[place], candidates, schema, shares, (category_type,))
     used = [pairs.items[place] for place in np.unique(pairs.item).tolist()]
     for query in compose_queries(used, schema, composed, category_type=category_type) if composed else ():
-        rows += text_rows(query.text, query.named, query.candidates, schema, shares)
+        rows += text_rows(query.text, query.named, query.candidates, schema, shares, (category_type,))
     if impressions is not None:
         clicks = _click_rows(pairs, impressions, ids, named, category_type)
         rows += [row for row, place in clicks if row.y or keep_free_negatives or type_of(row.entity) in named[place]]
@@ -149,6 +150,7 @@ def text_rows(
     candidates: Iterable[str],
     schema: EntitySchema,
     shares: Mapping[str, float],
+    always_meant: Sequence[str] = (),
 ) -> list[QERow]:
     """Return the rows that a query's text alone gives: what it names, what that rules out, free types, and `none`.
 
@@ -158,10 +160,11 @@ def text_rows(
         candidates: entity ids of the query's items; of each type a few are drawn, the same ones for the same query.
         schema: of the types.
         shares: see `none_rows`.
+        always_meant: types that every query means one value of, named or not.
     """
     drawn = thinned(candidates, named, random.Random(f"recis.ebrm.log_rows:{query}"))
-    free = free_rows(query, named, drawn)
-    return mention_rows(query, named, drawn) + free + none_rows(query, named, schema.names, shares)
+    free = free_rows(query, named, drawn, always_meant)
+    return mention_rows(query, named, drawn) + free + none_rows(query, named, schema.names, shares, always_meant)
 
 
 def _click_rows(

@@ -1,7 +1,8 @@
 """(query, entity) labels of the PriceRunner task: gold ones for evaluation, and stage A's from queries and clicks.
 
 Gold comes from the constraints that a query was drawn with; it is never a training signal. Stage A reads queries as text, with
-the dictionaries of the train part, and clicks that the click model draws over the grades of the train part.
+the dictionaries of the train part, and clicks that the click model draws over the grades of the train part; to them it adds
+queries composed from the entities of the train part's titles.
 """
 
 from collections import Counter
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from recis.ebrm.click_model import draw_sessions
-from recis.ebrm.entities import Entity, type_of
+from recis.ebrm.composed_queries import ComposeConfig, compose_queries
+from recis.ebrm.entities import Entity, type_of, value_of
 from recis.ebrm.labels_from_logs import EntityClicks, QERow, click_rows, none_shares
 from recis.ebrm.log_rows import text_rows
 from recis.ebrm.pricerunner import Part, Task
 from recis.ebrm.pricerunner_labels import model_forms
 from recis.ebrm.pricerunner_queries import Constraints, parse_query
 from recis.ebrm.pricerunner_text import codes_match, squash
+
+COMPOSED = ComposeConfig(num_queries=2_000)
+ALWAYS_MEANT = ("category",)  # three queries in ten name none and mean one all the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,13 @@ def gold_qe(task: Task, part: Part) -> GoldQE:
 
 
 def stage_a_rows(
-    task: Task, part: Part, *, sessions_per_query: int = 40, seed: int = 0, keep_free_negatives: bool = False
+    task: Task,
+    part: Part,
+    *,
+    sessions_per_query: int = 40,
+    seed: int = 0,
+    composed: ComposeConfig | None = COMPOSED,
+    keep_free_negatives: bool = False,
 ) -> list[QERow]:
     """Return stage A's labelled pairs: mentions, clicks and `none`.
 
@@ -73,6 +84,7 @@ def stage_a_rows(
         part: its train part. Grades enter through drawn clicks and through the shares of `none` alone.
         sessions_per_query: drawn per query text.
         seed: of the clicks.
+        composed: queries to compose from the items of the part's pairs besides; None for none.
         keep_free_negatives: keep negatives from clicks of types that the query's text names no value of.
     """
     read = [parse_query(query.text, task.dictionaries) for query in part.queries]
@@ -87,10 +99,22 @@ def stage_a_rows(
     for number, query in enumerate(part.queries):
         entities = {e.id: e for offer in candidates.get(number, ()) for e in task.entities(offer)}
         wanted = _named(read[number], list(entities.values()))
-        rows += text_rows(query.text, wanted, entities, task.schema, shares)
+        rows += text_rows(query.text, wanted, entities, task.schema, shares, ALWAYS_MEANT)
+    rows += _composed_rows(task, part, composed, shares) if composed else []
     named = {query.text: read[number].keys() for number, query in enumerate(part.queries)}
     clicks = _click_rows(task, part, sessions_per_query, seed)
     return rows + [row for row in clicks if row.y or keep_free_negatives or type_of(row.entity) in named[row.query]]
+
+
+def _composed_rows(task: Task, part: Part, config: ComposeConfig, shares: Mapping[str, float]) -> list[QERow]:
+    items = [task.item(offer) for offer in np.unique(part.pairs.offer).tolist()]
+    known = {entity.id: entity for item in items for entity in item.entities}
+    rows: list[QERow] = []
+    for query in compose_queries(items, task.schema, config):
+        entities = [known[id] for id in query.candidates]
+        wanted = {kind: tuple(map(value_of, ids)) for kind, ids in query.named.items()}
+        rows += text_rows(query.text, _named(wanted, entities), query.candidates, task.schema, shares, ALWAYS_MEANT)
+    return rows
 
 
 def _named(constraints: Constraints, entities: Sequence[Entity]) -> dict[str, list[str]]:

@@ -84,6 +84,18 @@ def test_a_text_gives_every_kind_of_row_once():
     }
 
 
+def test_a_type_that_is_always_meant_is_never_free():
+    """ "smegar" names no category and wants one: neither every category nor an item without one will do."""
+    candidates = ["category:kettle", "brand:smegar", "colour:red"]
+    rows = text_rows("smegar", {"brand": ("brand:smegar",)}, candidates, SCHEMA, {"category": 0.25}, ("category",))
+    assert {(row.entity, row.y, row.w) for row in rows} == {
+        ("brand:smegar", 1.0, 1.0),
+        ("colour:red", 1.0, 0.5),
+        ("category:none", 0.25, 1.0),
+        ("colour:none", 1.0, 0.5),
+    }
+
+
 def test_few_others_of_each_type_are_kept():
     candidates = [f"brand:{n}" for n in range(20)] + [f"colour:{n}" for n in range(20)]
     kept = thinned(candidates, {"brand": ["brand:7", "brand:8"]}, random.Random(0))

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from recis.ebrm.baselines import bm25_scores, hand_rule_scores
+from recis.ebrm.composed_queries import ComposeConfig
+from recis.ebrm.entities import Entity
 from recis.ebrm.evaluate import evaluate, roc_auc
 from recis.ebrm.pricerunner import build_eval, usable_attributes
 from recis.ebrm.pricerunner_coverage import EXPECTED, counts, counts_table, coverage, coverage_table
 from recis.ebrm.pricerunner_grades import grade, is_visible
 from recis.ebrm.pricerunner_labels import Dictionaries, learn_dictionaries
 from recis.ebrm.pricerunner_leaks import MAX_GAIN_PERMUTED, MAX_ITEM_AUC, MAX_QUERY_AUC, leak_aucs, permuted_offers
-from recis.ebrm.pricerunner_qe import gold_qe, stage_a_rows
+from recis.ebrm.pricerunner_qe import accepts, gold_qe, stage_a_rows
 from recis.ebrm.pricerunner_queries import parse_query
 from recis.ebrm.pricerunner_split import Catalogue, groups, part_of_group
 from recis.ebrm.pricerunner_text import noun_of
@@ -245,12 +247,32 @@ def test_stage_a_rows_agree_with_gold(pricerunner_task):
     rows = stage_a_rows(task, part)
     assert rows == stage_a_rows(task, part)
     assert agreement([row for row in rows if row.w == 1.0], "mention") > 0.97
-    # free types: three in ten queries name no category noun, and mean one nevertheless
-    assert agreement([row for row in rows if row.w == 0.5], "mention") > 0.92
+    assert agreement([row for row in rows if row.w == 0.5], "mention") > 0.97
     assert agreement(rows, "clicks") > 0.93
     assert agreement(stage_a_rows(task, part, keep_free_negatives=True), "clicks") < 0.80
     nones = {row.entity: row for row in rows if row.entity.endswith(":none") and row.w == 1.0}
     assert 0.0 <= nones["brand:none"].y < 0.5
+
+
+def test_composed_queries_of_offers_name_what_their_rows_accept(pricerunner_task):
+    """Of a type that is named, rows accept what gold would accept of those values: a model in all of its spellings."""
+    task = pricerunner_task
+    part = task.parts["dev"]
+    asked = {query.text for query in part.queries}
+    rows = [row for row in stage_a_rows(task, part, composed=ComposeConfig(num_queries=150)) if row.query not in asked]
+    assert {row.query for row in rows}
+    assert all(row.src == "mention" for row in rows)
+    assert not [row for row in rows if row.entity.startswith("category:") and row.w == 0.5]
+    codes = [row for row in rows if row.entity.startswith("model:") and row.w == 1.0]
+    wanted = {row.query: [] for row in codes}
+    for row in codes:
+        if row.y == 1.0:
+            wanted[row.query].append(row.entity.partition(":")[2])
+    refused = [row for row in codes if row.y == 0.0 and wanted[row.query]]
+    assert len(refused) > 50
+    for row in refused:
+        model = Entity(type="model", value=row.entity.partition(":")[2], id=row.entity, source="catalog")
+        assert not accepts({"model": tuple(wanted[row.query])}, model)
 
 
 def test_unseen_files_use_every_row_and_the_dictionaries_of_the_model(pricerunner_task, tmp_path):
