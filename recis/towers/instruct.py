@@ -20,11 +20,14 @@ from recis.errors import ConfigError, nearest
 from recis.jagged import JaggedTensor
 from recis.towers.adapters import AdapterConfig, LayerwiseAdapters
 from recis.towers.backbone import BackboneError, load_tokenizer, transformers_library
+from recis.towers.batching import length_batches
 from recis.towers.weights import FrozenState, frozen_state
 from recis_kernels.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from recis.io.batch import Batch
+
+MAX_WASTE = 0.3  # of a pass; less makes passes of few samples, whose calls cost more than the padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,19 +123,38 @@ class InstructDecoder(nn.Module):
     def forward(self, batch: "Batch") -> Tensor:
         """Return [B] float32; 0 for an answer without a token.
 
+        Samples of like length go through the decoder together, so that little of a pass is padding. Their lengths are read on
+        the host: on a GPU the step waits for them.
+
         Raises:
             ConfigError: batch.extras lacks prompt or answer.
         """
         prompts, answers = self._column(batch, self.config.prompt), self._column(batch, self.config.answer)
         ids, lengths, first = joined(prompts, answers, skip=self._skip, end=None if self._ends else self.end_token)
-        hidden = self._states(batch, ids, lengths)
-        places = torch.arange(ids.shape[1] - 1, device=ids.device)
-        told = (places >= first[:, None] - 1) & (places < lengths[:, None] - 1)
+        features, there = self._side(batch)
+        if len(ids) == 0:
+            return features.sum((1, 2)).float()
+        states, targets, owners = [], [], []
+        for rows in length_batches(lengths.tolist(), max_tokens=ids.numel(), max_waste=MAX_WASTE):
+            part = torch.tensor(rows, dtype=torch.int64, device=ids.device)
+            own, begin = lengths[part], first[part]
+            tokens = ids[part, : max(1, int(own.max()))]
+            mask = torch.arange(tokens.shape[1], device=ids.device) < own[:, None]
+            with self.adapters.side(features[part], there[part]):
+                hidden = self.base.base_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+            places = torch.arange(tokens.shape[1] - 1, device=ids.device)
+            told = (places >= begin[:, None] - 1) & (places < own[:, None] - 1)
+            states.append(hidden[:, :-1][told])
+            targets.append(tokens[:, 1:][told])
+            owners.append(part[told.nonzero()[:, 0]])
         losses = linear_cross_entropy(
-            hidden[:, :-1][told].float(), self._output_weight(), ids[:, 1:][told], reduction="none"
+            torch.cat(states).float(), self._output_weight(), torch.cat(targets), reduction="none"
         )
-        sums = losses.new_zeros(len(ids)).index_add(0, told.nonzero()[:, 0], losses)
-        return sums / told.sum(1).clamp(min=1)
+        owner = torch.cat(owners)
+        sums, counts = (
+            losses.new_zeros(len(ids)).index_add(0, owner, own) for own in (losses, torch.ones_like(losses))
+        )
+        return sums / counts.clamp(min=1)
 
     @torch.no_grad()
     def write(self, batch: "Batch", *, max_tokens: int = 48) -> Answers:
@@ -151,7 +173,7 @@ class InstructDecoder(nn.Module):
         )  # prompts end together: the next token is the same column
         ids = padded.gather(1, shift.clamp(min=0)).masked_fill(shift < 0, self._pad())
         end = self.end_token
-        with self._side(batch):
+        with self.adapters.side(*self._side(batch)):
             found: Any = self.base.generate(
                 input_ids=ids,
                 attention_mask=(shift >= 0).long(),
@@ -171,19 +193,13 @@ class InstructDecoder(nn.Module):
             [row[:length] for row, length in zip(log_probs.tolist(), lengths, strict=True)],
         )
 
-    def _states(self, batch: "Batch", ids: Tensor, lengths: Tensor) -> Tensor:
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        with self._side(batch):
-            return self.base.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-
-    def _side(self, batch: "Batch") -> Any:
-        """Return the context in which the decoder sees the batch's side features; one where no sample has any is the base."""
+    def _side(self, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """Return the batch's side features [B, n, D] and which of them there are, bool [B, n]; n is at least 1."""
         found = self.rows(batch.sparse)[self._feature]
         features = found.to_padded(max_length=None)
         if features.shape[1] == 0:
             features = features.new_zeros(len(features), 1, features.shape[2])
-        mask = torch.arange(features.shape[1], device=features.device) < found.lengths[:, None]
-        return self.adapters.side(features, mask)
+        return features, torch.arange(features.shape[1], device=features.device) < found.lengths[:, None]
 
     def _output_weight(self) -> Tensor:
         return self.base.get_output_embeddings().weight

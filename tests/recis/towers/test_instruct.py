@@ -59,6 +59,27 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(folder):
     assert float(instruct_loss(losses, batch).detach()) == pytest.approx(sum(want), rel=1e-4)
 
 
+def test_samples_of_any_length_have_the_loss_they_have_alone(folder):
+    """Lengths that need several passes: losses and gradients are those of each sample by itself."""
+    model = InstructConfig(path=str(folder), side=SIDE, trains_base=True).build()
+    with torch.no_grad():
+        for layer in model.adapters.layers:
+            layer.get_parameter("gate").fill_(0.5)
+    prompts = [[2, *range(9, 9 + length), 3] for length in (1, 30, 2, 12, 31, 1)]
+    answers = [[2, *range(5, 5 + length), 3] for length in (3, 1, 0, 6, 2, 9)]
+    entities = [[5, 6], [], [7], [5], [], [6, 7, 8]]
+    weight = model.base.base_model.layers[0].self_attn.q_proj.weight
+    model.train()
+    model(batch_of(prompts, answers, entities))  # admits the rows
+    together = model(batch_of(prompts, answers, entities))
+    alone = torch.cat([model(batch_of([p], [a], [e])) for p, a, e in zip(prompts, answers, entities, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    pulls = torch.arange(1.0, 7.0)
+    (want,), (got,) = (torch.autograd.grad(losses @ pulls, [weight]) for losses in (alone, together))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    assert model(batch_of([], [], [])).shape == (0,)
+
+
 def test_side_features_enter_through_the_gates_and_only_where_a_sample_has_some(folder):
     model = InstructConfig(path=str(folder), side=SIDE).build().eval()
     with_side = batch_of([[2, 9, 3]] * 2, [[2, 7, 3]] * 2, [[5, 6], []])
