@@ -22,7 +22,7 @@ import torch
 
 from recis.ebrm.synthetic import SyntheticConfig, SyntheticData, make_data
 from recis.embedding import Feature, Normal, TableConfig
-from recis.errors import ConfigError
+from recis.errors import ConfigError, nearest
 from recis.features import FeatureSpec, Hash
 from recis.io import Batch, DataConfig, Strings
 from recis.optim import Adam, Cosine
@@ -45,6 +45,7 @@ BATCH = 32
 MAX_PROMPT, MAX_ANSWER = 72, 56
 SIDE_DIM = 32
 TRAINED = "trained_decoder"
+SOURCES = ("generated", "oa_mine", "pricerunner")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,8 @@ class Corpus:
 
     root: str | None
     """Folder with oa_mine and pricerunner; None: generated records alone."""
+    sources: tuple[str, ...]
+    """Of SOURCES."""
     num_items: int
     seed: int
 
@@ -66,10 +69,36 @@ class Corpus:
     def records(self, data: SyntheticData) -> list[Record]:
         """Return the records of all sources, both parts."""
         records = generated_records(data)
-        if self.root is not None:
-            records += oa_mine_records(Path(self.root) / "oa_mine" / "titles.parquet")
-            records += pricerunner_records(Path(self.root) / "pricerunner" / "offers.parquet", most=self.num_items // 2)
+        if "oa_mine" in self.sources:
+            records += oa_mine_records(self._file("oa_mine", "titles.parquet"))
+        if "pricerunner" in self.sources:
+            records += pricerunner_records(self._file("pricerunner", "offers.parquet"), most=self.num_items // 2)
         return records
+
+    def _file(self, source: str, name: str) -> Path:
+        path = Path(self.root or "") / source / name
+        if self.root is None or not path.is_file():
+            raise ConfigError(
+                f"source {source!r}: no file {path}; give --data or RECIS_DATA, the folder that {source}/{name} lies in, or "
+                "leave the source out"
+            )
+        return path
+
+
+def chosen_sources(sources: tuple[str, ...], root: str | None) -> tuple[str, ...]:
+    """Return the sources asked for; of none all, where there is a folder of public data, else the generated one.
+
+    Raises:
+        ConfigError: one is unknown, or the generated one is left out.
+    """
+    if not sources:
+        return SOURCES if root is not None else SOURCES[:1]
+    for source in sources:
+        if source not in SOURCES:
+            raise ConfigError(f"no source {source!r}; {nearest(source, SOURCES)}")
+    if SOURCES[0] not in sources:
+        raise ConfigError(f"sources {','.join(sources)}: EBRM and the ranker need {SOURCES[0]!r} among them")
+    return sources
 
 
 def product_understanding(
@@ -77,6 +106,7 @@ def product_understanding(
     data: str | None,
     out: Path,
     decoder: str = "tiny",
+    sources: tuple[str, ...] = (),
     num_items: int = 1000,
     per_record: int = 4,
     epochs: int = 5,
@@ -91,7 +121,8 @@ def product_understanding(
         data: folder with `oa_mine` and `pricerunner`; None: RECIS_DATA, or generated records alone.
         out: the run folder.
         decoder: tiny, which trains from nothing, or the folder of a Hugging Face decoder, which stays frozen.
-        num_items: generated products.
+        sources: of the records: generated, oa_mine, pricerunner; none named: all whose data there are.
+        num_items: generated products; of PriceRunner half as many.
         per_record: samples of each record in an epoch.
         epochs: passes over the samples.
         num_test: samples of each task and source that are answered in the test.
@@ -102,7 +133,8 @@ def product_understanding(
     sizes = {"num_items": num_items, "per_record": per_record, "epochs": epochs, "num_test": num_test}
     if min(sizes.values()) < 1:
         raise ConfigError(f"sizes must be at least 1; got {sizes}")
-    corpus = Corpus(root=data or os.environ.get("RECIS_DATA"), num_items=num_items, seed=seed)
+    root = data or os.environ.get("RECIS_DATA")
+    corpus = Corpus(root=root, sources=chosen_sources(sources, root), num_items=num_items, seed=seed)
     samples_file, folder = out / "samples.parquet", out / "decoder" if decoder == "tiny" else Path(decoder)
     if not samples_file.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +259,10 @@ def _batches(trainer: Trainer, samples: Sequence[Sample], model: InstructDecoder
 
 
 def held_out_samples(records: Sequence[Record], *, most: int, seed: int) -> list[Sample]:
-    """Return at most `most` samples of each task and source, of the records of the test part."""
+    """Return at most `most` samples of each task and source, of the records of the test part.
+
+    They stand by source, task and length of the prompt: answers of one task end together, so no batch waits for one.
+    """
     held = [record for record in records if record.is_test]
     counts: dict[tuple[str, str], int] = {}
     chosen = []
@@ -236,7 +271,8 @@ def held_out_samples(records: Sequence[Record], *, most: int, seed: int) -> list
         counts[key] = counts.get(key, 0) + 1
         if counts[key] <= most:
             chosen.append(sample)
-    return chosen
+    order = {name: place for place, name in enumerate((*SOURCES, *TASKS))}
+    return sorted(chosen, key=lambda own: (order[own.record.source], order[own.task], len(own.prompt)))
 
 
 def validate(trainer: Trainer, *, corpus: Corpus, num_test: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from recis.errors import ConfigError
 from recis.recipes.product_metrics import attribute_counts, is_right, measure, rouge_l
 from recis.recipes.product_records import Record, falls_in_test, generated_records, oa_mine_records, pricerunner_records
 from recis.recipes.product_tasks import LETTERS, TASKS, TEMPLATES, UNKNOWN, make_sample, make_samples, read_attributes
-from recis.recipes.product_understanding import Answer, values_in
+from recis.recipes.product_understanding import SOURCES, Answer, Corpus, chosen_sources, values_in
 from recis.recipes.product_uses import ReadValue, ebrm_lines, filled_in, value_confidences
 
 RECORD = Record(
@@ -151,11 +151,49 @@ def test_right_values_raise_ebrm_and_wrong_ones_do_not(data):
     assert nothing[0] == nothing[1] == before
 
 
-def test_a_small_run(tmp_path, capsys, monkeypatch):
+def public_data(folder):
+    """A few titles and offers in the form of the public files."""
+    kinds = (("shoes", "acme"), ("hats", "zeta"), ("socks", "acme"))
+    titles = [
+        {
+            "split": "test" if at % 3 == 0 else "train",
+            "category": kind,
+            "title": f"{brand} {kind} {at}",
+            "attributes": [{"attribute": "Brand", "value": brand, "start": 0, "end": len(brand)}],
+        }
+        for at, (kind, brand) in enumerate(kinds * 4)
+    ]
+    offers = [
+        {"product_id": at, "product_title": f"{brand} {kind} {at}", "category_label": kind}
+        for at, (kind, brand) in enumerate(kinds * 10)
+    ]
+    for name, file, rows in (("oa_mine", "titles", titles), ("pricerunner", "offers", offers)):
+        (folder / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / name / f"{file}.parquet")
+
+
+def test_sources_by_hand(tmp_path, data):
+    corpus = Corpus(root=str(tmp_path), sources=SOURCES, num_items=40, seed=0)
+    assert chosen_sources((), None) == ("generated",)
+    assert chosen_sources((), "data") == SOURCES
+    assert chosen_sources(("generated", "pricerunner"), "data") == ("generated", "pricerunner")
+    with pytest.raises(ConfigError, match="no source 'pricerun'; did you mean 'pricerunner'"):
+        chosen_sources(("generated", "pricerun"), "data")
+    with pytest.raises(ConfigError, match="need 'generated' among them"):
+        chosen_sources(("oa_mine",), "data")
+    with pytest.raises(ConfigError, match=r"source 'oa_mine': no file .* or leave the source out"):
+        corpus.records(data)
+    public_data(tmp_path)
+    found = corpus.records(data)
+    count = {source: sum(record.source == source for record in found) for source in SOURCES}
+    assert count == {"generated": 120, "oa_mine": 12, "pricerunner": 20}
+
+
+def test_a_small_run(tmp_path, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.delenv("RECIS_DATA", raising=False)
+    public_data(tmp_path)
     settings = ("num_items=40", "per_record=2", "epochs=1", "num_test=2")
-    command = ["train", "product_understanding", "--out", str(tmp_path / "run")]
+    command = ["train", "product_understanding", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main([*command, *(part for setting in settings for part in ("--set", setting))]) == 0
     out = capsys.readouterr().out
     told = (
@@ -167,4 +205,9 @@ def test_a_small_run(tmp_path, capsys, monkeypatch):
         "+ values read",
     )
     assert [name for name in told if name not in out] == []
+    head = next(line for line in out.splitlines() if line.startswith("  test part"))
+    assert head.split()[2:] == list(SOURCES)
+    captions = next(line for line in out.splitlines() if "caption.rouge_l" in line).split()
+    assert captions[-1] == "-"  # PriceRunner's records have no attribute to write a title from
+    assert "-" not in captions[1:3]
     assert (tmp_path / "run" / "trained_decoder" / "config.json").is_file()
