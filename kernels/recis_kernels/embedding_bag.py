@@ -32,20 +32,33 @@ ROWS_AHEAD = 16
 MIN_POSITIONS_PER_THREAD = 4096
 
 
-def row_gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+def row_gather(
+    blocks: RowBlocks,
+    rows: Tensor,
+    inverse: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
     """Return the weights of rows[inverse] (inverse None: of rows) as float32 [L, D]; zeros where there is no row.
 
     Args:
         rows: [U] int64 row numbers, -1 = no row.
         inverse: [L] int32 or int64 into rows, -1 = no row.
+        out: float32 [L, D], contiguous: where to write and what to return; None = new memory.
 
     Raises:
-        ValueError: rows or inverse has another shape or dtype.
+        ValueError: rows, inverse or out has another shape or dtype.
     """
     inverse = _checked_inverse(blocks, rows, inverse)
+    if out is not None:
+        shape = ((rows if inverse is None else inverse).numel(), blocks.layout.dim)
+        if tuple(out.shape) != shape or out.dtype != torch.float32 or not out.is_contiguous():
+            raise ValueError(f"out must be {shape} float32, contiguous; got {tuple(out.shape)} {out.dtype}")
     if torch.compiler.is_compiling():
-        return _gather_op(blocks.blocks, blocks.layout_key, blocks.shift, rows, inverse, impl)
-    return _gather(blocks, rows, inverse, impl)
+        made = _gather_op(blocks.blocks, blocks.layout_key, blocks.shift, rows, inverse, impl)
+        return made if out is None else out.copy_(made)
+    return _gather(blocks, rows, inverse, impl, out)
 
 
 def embedding_bag(
@@ -136,9 +149,12 @@ def _filled(rows: Tensor, inverse: Tensor | None) -> Tensor:
 # ---- one version of each op, and the ops as torch.compile and export see them
 
 
-def _gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, impl: Impl) -> Tensor:
+def _gather(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, impl: Impl, out: Tensor | None = None) -> Tensor:
     version = choose(impl, rows, triton=gather, numba=_gather_numba, reference=_gather_reference)
-    return version(blocks, rows.contiguous(), inverse)
+    if out is not None and version is _gather_numba:
+        return _gather_numba(blocks, rows.contiguous(), inverse, out)
+    made = version(blocks, rows.contiguous(), inverse)
+    return made if out is None else out.copy_(made)
 
 
 def _bag(
@@ -274,9 +290,9 @@ def _source(blocks: RowBlocks, rows: Tensor, inverse: Tensor) -> tuple[tuple[int
     return numbers, blocks.pointers.numpy()
 
 
-def _gather_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None) -> Tensor:
+def _gather_numba(blocks: RowBlocks, rows: Tensor, inverse: Tensor | None, given: Tensor | None = None) -> Tensor:
     inverse = _filled(rows, inverse)
-    out = torch.empty(inverse.numel(), blocks.layout.dim)
+    out = torch.empty(inverse.numel(), blocks.layout.dim) if given is None else given
     source, pointers = _source(blocks, rows, inverse)
 
     def loop(start: int, stop: int) -> None:

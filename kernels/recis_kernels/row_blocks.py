@@ -26,6 +26,7 @@ from recis_kernels.threads import run_parts, split
 
 ROW_ALIGNMENT = 32
 BLOCK_BYTES = 32 << 20  # aim of the default block size; a block holds a power-of-two count of rows
+_ONE_BLOCK = 31  # the largest shift: every row number below 2**31 lies in the first block
 _AHEAD = 12  # rows ahead for which cache lines are asked for
 _ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
@@ -43,12 +44,14 @@ class RowLayout:
         dtype: of the weights, torch.float32 or torch.bfloat16; optimizer state is always float32.
         state: (name, width) of each optimizer state vector, in order, such as (("m", 64), ("v", 64)).
         clock: keep `last_seen_s`, a clock reading in seconds, beside `last_seen` (time-based eviction needs it).
+        bare: weights alone, row behind row as in a contiguous [N, dim] tensor: for reading, see RowBlocks.of_tensor.
     """
 
     dim: int
     dtype: torch.dtype = torch.float32
     state: tuple[tuple[str, int], ...] = ()
     clock: bool = False
+    bare: bool = False
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -61,6 +64,8 @@ class RowLayout:
         for name, width in self.state:
             if width < 1:
                 raise ValueError(f"state {name!r} must be at least 1 wide; got {width}")
+        if self.bare and (self.state or self.clock):
+            raise ValueError(f"a bare row has weights alone; got state {names}, clock={self.clock}: leave bare=False")
 
     @property
     def weight_bytes(self) -> int:
@@ -106,17 +111,21 @@ class RowLayout:
     @property
     def row_bytes(self) -> int:
         """Distance between two rows of a block."""
+        if self.bare:
+            return self.weight_bytes
         return _round_up(self.id_offset + (20 if self.clock else 16), ROW_ALIGNMENT)
 
     @property
     def key(self) -> str:
         """The layout as a line of text, what registered ops carry: `layout_of_key` reads it."""
         states = ",".join(f"{name}:{width}" for name, width in self.state)
-        return f"{self.dim} {str(self.dtype).removeprefix('torch.')} {states} {int(self.clock)}"
+        return f"{self.dim} {str(self.dtype).removeprefix('torch.')} {states} {int(self.clock)} {int(self.bare)}"
 
     def fields(self) -> dict[str, tuple[int, int, torch.dtype]]:
         """Return {name: (byte offset, width, dtype)} of each part, in row order; width 0 = a scalar."""
         found = {"weight": (0, self.dim, self.dtype)}
+        if self.bare:
+            return found
         for name, width in self.state:
             found[f"state.{name}"] = (self.state_offset(name), width, torch.float32)
         found["id"] = (self.id_offset, 0, torch.int64)
@@ -130,9 +139,10 @@ class RowLayout:
 @cache
 def layout_of_key(key: str) -> RowLayout:
     """Return the layout that `RowLayout.key` describes."""
-    dim, dtype, states, clock = key.split(" ")
+    dim, dtype, states, clock, bare = key.split(" ")
     pairs = (state.rsplit(":", 1) for state in states.split(",") if state)
-    return RowLayout(int(dim), getattr(torch, dtype), tuple((name, int(width)) for name, width in pairs), clock == "1")
+    widths = tuple((name, int(width)) for name, width in pairs)
+    return RowLayout(int(dim), getattr(torch, dtype), widths, clock == "1", bare == "1")
 
 
 class RowBlocks:
@@ -170,6 +180,18 @@ class RowBlocks:
         made._set_pointers()
         return made
 
+    @classmethod
+    def of_tensor(cls, rows: Tensor) -> "RowBlocks":
+        """Return row blocks that read rows [N, D], float32 or bfloat16, contiguous, where they lie; none can be added.
+
+        Raises:
+            ValueError: rows have another shape or dtype, or are not contiguous.
+        """
+        if rows.ndim != 2 or not rows.is_contiguous():
+            raise ValueError(f"rows must be [N, D], contiguous; got {tuple(rows.shape)}, strides {rows.stride()}")
+        layout = RowLayout(rows.shape[1], rows.dtype, bare=True)
+        return cls.over(layout, _ONE_BLOCK, [rows.detach().view(torch.uint8)], rows.device)
+
     def _set_pointers(self) -> None:
         self.pointers = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64)
         # a new tensor each time: kernels under way may still read the old one, which its stream's allocator keeps
@@ -180,10 +202,12 @@ class RowBlocks:
 
     @property
     def capacity(self) -> int:
-        return len(self.blocks) << self.shift
+        return self.blocks[0].shape[0] if self.layout.bare else len(self.blocks) << self.shift
 
     def grow(self, num_rows: int) -> None:
         """Add blocks until capacity >= num_rows; existing rows keep address and content, new rows are zero."""
+        if self.layout.bare and num_rows > self.capacity:
+            raise ValueError(f"rows of a tensor do not grow; it has {self.capacity}, got {num_rows}: make a new one")
         row_bytes = self.layout.row_bytes
         while self.capacity < num_rows:
             block = zeroed_bytes(row_bytes << self.shift, self.device)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_kernels.address import float32_at
 from recis_kernels.contents import check_range
 from recis_kernels.dispatch import Impl, choose, njit
 from recis_kernels.grad_lists import MIN_POSITIONS_PER_THREAD, GradLists, check_view, fold_row, list_grads
@@ -135,15 +136,24 @@ def _union_sorted(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.full_like(rows, -1).scatter_(0, index, rows), index
 
 
-def reduce_lookups(lookups: Sequence[PendingLookup], dim: int, *, impl: Impl = "auto") -> PendingLookup:
+def reduce_lookups(
+    lookups: Sequence[PendingLookup], dim: int, *, out: Tensor | None = None, impl: Impl = "auto"
+) -> PendingLookup:
     """Return a lookup in which every row occurs once, with its summed gradient [U, D] as the one view.
 
     Rows that no gradient reached keep none (inverse -1). Updating from the result gives the bits of updating from
-    `lookups`.
+    `lookups`. `out`: float32 [U, D], contiguous, on the CPU: where the sums go; None = new memory.
     """
     merged = merge_lookups(lookups)
     num_rows = merged.rows.numel()
-    sums, reached = choose(impl, merged.rows, triton=_sums_triton, numba=_sums_numba)(merged.views, num_rows, dim)
+    if out is not None and (tuple(out.shape) != (num_rows, dim) or out.dtype != torch.float32):
+        raise ValueError(f"out must be {(num_rows, dim)} float32; got {tuple(out.shape)} {out.dtype}")
+    version = choose(impl, merged.rows, triton=_sums_triton, numba=_sums_numba)
+    if version is _sums_numba:
+        sums, reached = _sums_numba(merged.views, num_rows, dim, out)
+    else:
+        sums, reached = version(merged.views, num_rows, dim)
+        sums = sums if out is None else out.copy_(sums)
     order = torch.arange(num_rows + 1, device=reached.device)
     view = RowGrad(
         inverse=torch.where(reached, order[:-1], -1), offsets=order, stride=num_rows, per_position=True, grad=sums
@@ -255,13 +265,13 @@ def _sums_triton(views: Sequence[RowGrad], num_rows: int, dim: int) -> tuple[Ten
     return reduce_lists(lists, dim), lists.last > lists.first
 
 
-def _sums_numba(views: Sequence[RowGrad], num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+def _sums_numba(views: Sequence[RowGrad], num_rows: int, dim: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     lists = list_grads(views, num_rows, dim)
-    return _sums(lists, dim), torch.from_numpy(np.diff(lists.starts) > 0)
+    return _sums(lists, dim, out), torch.from_numpy(np.diff(lists.starts) > 0)
 
 
-def _sums(lists: GradLists, dim: int) -> Tensor:
-    sums = torch.zeros(lists.starts.size - 1, dim, dtype=torch.float32)
+def _sums(lists: GradLists, dim: int, out: Tensor | None = None) -> Tensor:
+    sums = torch.empty(lists.starts.size - 1, dim, dtype=torch.float32) if out is None else out
 
     def loop(start: int, stop: int) -> None:
         _reduce_loop(lists.starts, *lists.addresses, sums.data_ptr(), dim, start, stop)
@@ -336,6 +346,10 @@ def _reduce_loop(starts, sources, factors, sums, dim, start, stop):
     for u in range(start, stop):
         if starts[u + 1] > starts[u]:
             fold_row(starts[u], starts[u + 1], sources, factors, sums + 4 * dim * u, dim)
+        else:
+            row = float32_at(sums + 4 * dim * u, dim)
+            for d in range(dim):
+                row[d] = 0.0
 
 
 @njit

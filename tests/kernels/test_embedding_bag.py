@@ -322,3 +322,49 @@ def launches() -> None:
     embedding_bag(blocks, rows[:1] * 0, None, offsets[:2], impl="triton")
     row_gather(blocks, rows[:1] * 0, impl="triton")
     factor_grads(blocks, rows[:1] * 0, None, offsets[:2], torch.ones(1, 1), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [1, 3, 16, 33, 64], ids="D{}".format)
+@pytest.mark.parametrize("impl", ["numba", "triton"])
+def test_rows_of_a_tensor_are_read_where_they_lie(impl, dim, dtype):
+    """Row behind row without metadata, the last one at the very end of the memory: the bits of the same rows in blocks."""
+    blocks, weight = filled_blocks(37, dim, dtype)
+    bare = RowBlocks.of_tensor(weight)
+    assert bare.capacity == 37
+    assert bare.blocks[0].data_ptr() == weight.data_ptr()
+    rows, inverse, offsets = random_lookup([0, 3, 9, 17], 37)
+    rows[0] = 36
+    for factors in (None, torch.rand(inverse.numel())):
+        want = embedding_bag(blocks, rows, inverse, offsets, factors, impl="numba")
+        assert bits(embedding_bag(bare, rows, inverse, offsets, factors, impl=impl)).equal(bits(want))
+    assert row_gather(bare, rows, inverse, impl=impl).equal(row_gather(blocks, rows, inverse, impl="numba"))
+    weight[36] = 2.0  # no copy was made
+    assert row_gather(bare, torch.tensor([36]), impl=impl).eq(2.0).all()
+
+
+def test_rows_of_a_tensor_refuse_what_they_cannot_hold():
+    with pytest.raises(ValueError, match=r"contiguous; got \(4, 3\)"):
+        RowBlocks.of_tensor(torch.zeros(3, 4).t())
+    with pytest.raises(ValueError, match=r"float32 or torch\.bfloat16"):
+        RowBlocks.of_tensor(torch.zeros(3, 4, dtype=torch.float64))
+    bare = RowBlocks.of_tensor(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="rows of a tensor do not grow; it has 3, got 4"):
+        bare.grow(4)
+    with pytest.raises(ValueError, match="rows have no field 'id'"):
+        bare.read(torch.tensor([0]), ("id",))
+    with pytest.raises(ValueError, match="a bare row has weights alone"):
+        RowLayout(4, state=(("m", 4),), bare=True)
+
+
+@pytest.mark.parametrize("impl", ["numba", "triton", "reference"])
+def test_a_gather_writes_where_it_is_told(impl):
+    blocks, _ = filled_blocks(9, 5)
+    rows, inverse = torch.tensor([4, -1, 8]), torch.tensor([2, 1, -1, 0], dtype=torch.int32)
+    memory = torch.full((6, 5), float("nan"))
+    out = row_gather(blocks, rows, inverse, out=memory[1:5], impl=impl)
+    assert out.data_ptr() == memory[1:].data_ptr()
+    assert memory[1:5].equal(row_gather(blocks, rows, inverse))
+    assert memory[[0, 5]].isnan().all()
+    with pytest.raises(ValueError, match=r"out must be \(4, 5\) float32"):
+        row_gather(blocks, rows, inverse, out=memory)

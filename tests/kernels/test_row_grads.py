@@ -373,3 +373,18 @@ def launches() -> None:
             row_square_sums(lookup, dim, impl="triton")
     one = RowGrad(torch.zeros(1, dtype=torch.int64), torch.arange(2), 1, grad=torch.ones(1, 1))
     reduce_grads([one], 1, 1, impl="triton")
+
+
+def test_sums_go_where_they_are_told_and_rows_without_a_gradient_get_zeros():
+    view = random_view(2, 7, 9, 5)
+    view.inverse[view.inverse == 4] = -1
+    lookup = PendingLookup(torch.arange(9), torch.zeros(9, dtype=torch.int32), torch.ones(9, dtype=torch.int32), [view])
+    memory = torch.full((11, 5), float("nan"))
+    reduced = reduce_lookups([lookup], 5, out=memory[1:10]).views[0]
+    assert reduced.grad is not None
+    assert reduced.grad.data_ptr() == memory[1:].data_ptr()
+    assert torch.equal(memory[1:10], folded([view], 9, 5))
+    assert memory[5].eq(0).all()  # row 4, which nothing reached
+    assert memory[[0, 10]].isnan().all()
+    with pytest.raises(ValueError, match=r"out must be \(9, 5\) float32"):
+        reduce_lookups([lookup], 5, out=memory)
