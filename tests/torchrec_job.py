@@ -27,12 +27,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection as StaticT
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad as FusedRowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecKeyed
 
 from recis.checkpoint import Boundary, Saver
-from recis.embedding import Feature, LruCapacity, TableConfig
-from recis.optim import Adam, RowWiseAdagrad
-from recis.torchrec import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection
+from recis.embedding import EmbeddingBagCollection, Feature, LruCapacity, TableConfig
+from recis.errors import ConfigError
+from recis.jagged import KeyedJaggedTensor
+from recis.optim import Adam, RowWiseAdagrad, SparseOptimizer
+from recis.torchrec import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection, fill_shards, to_torchrec
 
 WORLD_SIZE, NUM_STEPS, BATCH, LR = 2, 5, 6, 0.1
 KEYS = ("user", "item", "seen", "shop", "path")
@@ -96,25 +99,26 @@ class Model(nn.Module):
         return (scores - 1).square().mean() + single["path"].values().square().sum() / BATCH, scores
 
 
+def planned(model: nn.Module, constraints: dict[str, ParameterConstraints]) -> DistributedModelParallel:
+    """Return the model under DMP, its static tables placed by TorchRec's planner."""
+    topology = Topology(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
+    assert dist.group.WORLD is not None
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    return DistributedModelParallel(model, plan=plan, sharders=sharders)
+
+
 def build(events: list[str]) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Return the model under DMP and the optimizer of all its parts; `events` notes what happens in which order."""
     pooled = DynamicEmbeddingBagCollection(dynamic_tables(), seed=3, features=["item", "seen"])
     single = DynamicEmbeddingCollection(pooled, features=["path"])
     model = Model(static_tables("meta"), pooled, single)
     apply_optimizer_in_backward(torch.optim.SGD, model.static.parameters(), {"lr": LR})
-    constraints = {
-        "user": ParameterConstraints(
-            sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
-        )
-    }
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, compute_device="cpu"),
-        constraints=constraints,
+    user = ParameterConstraints(
+        sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
     )
-    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
-    assert dist.group.WORLD is not None
-    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    dmp = DistributedModelParallel(model, plan=plan, sharders=sharders)
+    dmp = planned(model, {"user": user})
     dense = dict(in_backward_optimizer_filter(dmp.named_parameters()))
     optimizer = CombinedOptimizer(
         [dmp.fused_optimizer, KeyedOptimizerWrapper(dense, lambda params: torch.optim.SGD(params, lr=LR))]
@@ -196,6 +200,95 @@ def forgets_to_step(dmp: DistributedModelParallel, rank: int) -> str:
     return "nothing was said"
 
 
+class Ranker(nn.Module):
+    """An exported collection and a loss."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, features: TorchRecKeyed) -> tuple[Tensor, Tensor]:
+        values = self.tables(features).values()
+        return (values * (values + 1)).sum(), values
+
+
+def fixed_collection() -> EmbeddingBagCollection:
+    """Return a collection that has seen every id of `fixed_batch` in two training steps."""
+    adagrad = RowWiseAdagrad(lr=LR)
+    collection = EmbeddingBagCollection(
+        [
+            TableConfig(name=name, features=(Feature(name, "sum"),), embedding_dim=4, optimizer=adagrad)
+            for name in ("item", "seen")
+        ],
+        seed=8,
+    )
+    rows = SparseOptimizer(collection)
+    for step in (1, 2):
+        batch = KeyedJaggedTensor.from_lists({"item": [[3], list(range(-5, 5))], "seen": [list(range(-5, 5)), [step]]})
+        values = torch.cat(list(collection(batch).values()), dim=1)
+        (values * (values + 2)).sum().backward()
+        rows.step()
+        collection.end_step(step)
+    return collection
+
+
+def fixed_batch(step: int, rank: int) -> TorchRecKeyed:
+    """Return a batch whose ids are those of `fixed_collection`, and now and then one more."""
+    generator = torch.Generator().manual_seed(77 * step + rank)
+    lengths = torch.randint(0, 4, (2 * BATCH,), generator=generator)
+    values = torch.randint(-5, 6, (int(lengths.sum()),), generator=generator)
+    return TorchRecKeyed(keys=["item", "seen"], values=values, lengths=lengths)
+
+
+def train_exported(rank: int) -> dict[str, Any]:
+    """Train an export under DMP and the pipeline, each table whole on a rank."""
+    model = Ranker(to_torchrec(fixed_collection()))
+    apply_optimizer_in_backward(FusedRowWiseAdagrad, model.tables.embeddings.parameters(), {"lr": LR, "eps": 1e-8})  # pyright: ignore
+    fused = [EmbeddingComputeKernel.FUSED.value]
+    table_wise = ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=fused)
+    dmp = planned(model, {"item": table_wise, "seen": table_wise})
+    fill_shards(dmp, to_torchrec(fixed_collection()))
+    pipeline = TrainPipelineSparseDist(dmp, dmp.fused_optimizer, torch.device("cpu"), pipeline_postproc=True)
+    batches = iter([fixed_batch(step, rank) for step in range(3)])
+    outputs = [pipeline.progress(batches).detach().clone() for _ in range(3)]
+    forwards: list[Any] = [module.forward for module in pipeline._pipelined_modules]
+    shards: dict[str, Tensor] = {}
+    states: list[dict[str, Any]] = [dmp.state_dict(), *dmp.fused_optimizer.state_dict()["state"].values()]
+    for state in states:
+        for name, value in state.items():
+            local = value.local_shards() if hasattr(value, "local_shards") else []
+            if local:
+                shards[name] = local[0].tensor.detach().clone()
+    return {"outputs": outputs, "pipelined": [forward.name for forward in forwards], "shards": shards}
+
+
+def refusals(rank: int) -> list[str]:
+    """Return what fill_shards says to models that cannot take the state over."""
+    said = []
+    fused = [EmbeddingComputeKernel.FUSED.value]
+    for kind, sharding in ((torch.optim.SGD, ShardingType.TABLE_WISE), (FusedRowWiseAdagrad, ShardingType.COLUMN_WISE)):
+        model = Ranker(to_torchrec(wide_collection()))
+        apply_optimizer_in_backward(kind, model.tables.embeddings.parameters(), {"lr": LR})  # pyright: ignore
+        constraint = ParameterConstraints(sharding_types=[sharding.value], compute_kernels=fused, min_partition=4)
+        dmp = planned(model, {"wide": constraint})
+        try:
+            fill_shards(dmp, to_torchrec(wide_collection()))
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+        fill_shards(dmp, to_torchrec(wide_collection()), states=False)
+    return said
+
+
+def wide_collection() -> EmbeddingBagCollection:
+    """Return a collection of one table of width 8 with a few rows."""
+    config = TableConfig(name="wide", features=("wide",), embedding_dim=8, optimizer=RowWiseAdagrad(lr=LR))
+    collection = EmbeddingBagCollection([config], seed=8)
+    collection(KeyedJaggedTensor.from_lists({"wide": [[1, 2, 3]]}))
+    collection.end_step(1)
+    return collection
+
+
 def rank_main(rank: int, folder: Path) -> None:
     """Be one rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD_SIZE)
@@ -206,6 +299,7 @@ def rank_main(rank: int, folder: Path) -> None:
             results["forgot"] = forgets_to_step(dmp, rank)
         torch.save(results, folder / f"{kind}-{rank}.pt")
         del dmp
+    torch.save(train_exported(rank) | {"refusals": refusals(rank)}, folder / f"exported-{rank}.pt")
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

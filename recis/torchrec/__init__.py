@@ -3,6 +3,8 @@
     jagged_to_torchrec, jagged_from_torchrec                       one feature without a copy; a batch has methods for it
     DynamicEmbeddingBagCollection, DynamicEmbeddingCollection      dynamic tables inside a DistributedModelParallel
     to_torchrec, from_torchrec, Exported, FixedVocabulary          a collection as TorchRec's, with fixed ids, and back
+    fill_shards                                                    that one's rows for a DistributedModelParallel
+    StaticEmbeddingBagCollection                                   fixed ids in FBGEMM's CPU tables
 
 Names are imported on first use and need TorchRec then; importing this package needs nothing.
 """
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from recis.torchrec.dynamic import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection
     from recis.torchrec.export import Exported, from_torchrec, to_torchrec
     from recis.torchrec.jagged import jagged_from_torchrec, jagged_to_torchrec
+    from recis.torchrec.shards import fill_shards
+    from recis.torchrec.static import StaticEmbeddingBagCollection
     from recis.torchrec.vocabulary import FixedVocabulary
 
 _HOME = {
@@ -23,6 +27,8 @@ _HOME = {
     "DynamicEmbeddingCollection": "dynamic",
     "Exported": "export",
     "FixedVocabulary": "vocabulary",
+    "StaticEmbeddingBagCollection": "static",
+    "fill_shards": "shards",
     "from_torchrec": "export",
     "jagged_from_torchrec": "jagged",
     "jagged_to_torchrec": "jagged",
@@ -34,6 +40,8 @@ __all__ = [
     "DynamicEmbeddingCollection",
     "Exported",
     "FixedVocabulary",
+    "StaticEmbeddingBagCollection",
+    "fill_shards",
     "from_torchrec",
     "jagged_from_torchrec",
     "jagged_to_torchrec",

@@ -40,7 +40,6 @@ class Exported(nn.Module):
         embeddings: TorchRec's EmbeddingBagCollection or EmbeddingCollection, of row numbers.
         configs: of our tables, by name.
         states: table -> name -> optimizer state of the rows, [V + 1, width]; of the last row as of a new one.
-        is_weighted: whether weights of a batch count.
     """
 
     def __init__(
@@ -49,22 +48,17 @@ class Exported(nn.Module):
         embeddings: TorchRecBags | TorchRecSingle,
         configs: Mapping[str, TableConfig],
         states: Mapping[str, Mapping[str, Tensor]],
-        *,
-        is_weighted: bool,
     ) -> None:
         super().__init__()
         self.vocabulary, self.embeddings = vocabulary, embeddings
-        self.configs, self.states, self.is_weighted = dict(configs), states, is_weighted
+        self.configs, self.states = dict(configs), states
 
     def forward(self, features: TorchRecKeyed) -> Any:
         """Return KeyedTensor [B, sum D], or {feature: JaggedTensor}, of a batch of ids.
 
         Raises:
-            ValueError: the batch has weights that this export would leave out.
+            ValueError: ids are not int64, or the batch has weights that this export would leave out.
         """
-        pools = isinstance(self.embeddings, TorchRecBags)
-        if pools and not self.is_weighted and features.weights_or_none() is not None:
-            raise ValueError("the batch has weights; export with is_weighted=True, or leave them out")
         return self.embeddings(self.vocabulary(features))
 
     def optimizer(self) -> CombinedOptimizer:
@@ -134,13 +128,14 @@ def to_torchrec(collection: EmbeddingBagCollection | EmbeddingCollection, *, is_
     vocabulary = FixedVocabulary(
         {name: fields["ids"] for name, fields in exported.items()},
         {feature.name: name for name, group in features.items() for feature in group},
+        takes_weights=is_weighted or not pools,
     )
     states = {
         name: {key.removeprefix("state."): value for key, value in fields.items() if key.startswith("state.")}
         for name, fields in exported.items()
     }
     ours = {name: table.config for name, table in tables.items()}
-    return Exported(vocabulary, embeddings, ours, states, is_weighted=is_weighted)
+    return Exported(vocabulary, embeddings, ours, states)
 
 
 def _rows_of(table: HashTable) -> dict[str, Tensor]:

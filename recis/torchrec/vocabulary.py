@@ -19,13 +19,15 @@ class FixedVocabulary(nn.Module):
     Args:
         ids: table -> its distinct ids [V] int64, ascending.
         features: feature -> its table.
+        takes_weights: whether batches may have weights.
 
     Raises:
         ConfigError: ids are not ascending int64, or a feature's table has none.
     """
 
-    def __init__(self, ids: Mapping[str, Tensor], features: Mapping[str, str]) -> None:
+    def __init__(self, ids: Mapping[str, Tensor], features: Mapping[str, str], *, takes_weights: bool = True) -> None:
         super().__init__()
+        self.takes_weights = takes_weights
         self.tables, self.features = tuple(ids), dict(features)
         for number, (table, values) in enumerate(ids.items()):
             if values.ndim != 1 or values.dtype != torch.int64 or not bool((values[1:] > values[:-1]).all()):
@@ -54,8 +56,10 @@ class FixedVocabulary(nn.Module):
         """Return the batch with row numbers in place of ids; lengths and weights are shared, other features stay.
 
         Raises:
-            ValueError: ids are not int64.
+            ValueError: ids are not int64, or the batch has weights that would be left out.
         """
+        if not self.takes_weights and features.weights_or_none() is not None:
+            raise ValueError("the batch has weights; export with is_weighted=True, or leave them out")
         values = features.values()
         if values.dtype != torch.int64:
             raise ValueError(f"ids must be int64; the batch has {values.dtype}: hash or cast them to int64")

@@ -150,6 +150,38 @@ def test_a_forgotten_update_is_named(folder):
         assert "DistributedModelParallel.fused_optimizer" in result["forgot"]
 
 
+def test_an_export_trains_on_in_shards(folder, job):
+    """Equal to the same export trained by one process: outputs, weights and the fused optimizer's accumulators."""
+    from recis.torchrec import to_torchrec
+
+    ranks = results(folder, "exported")
+    exported = to_torchrec(job.fixed_collection())
+    optimizer = exported.optimizer()
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        for rank, result in enumerate(ranks):
+            assert result["pipelined"] == ["tables.embeddings"]
+            values = exported(job.fixed_batch(step, rank)).values()
+            torch.testing.assert_close(result["outputs"][step], values.detach(), rtol=1e-5, atol=1e-6)
+            ((values * (values + 1)).sum() / 2).backward()
+        optimizer.step()
+    shards = {name: value for result in ranks for name, value in result["shards"].items()}
+    assert len(shards) == 4
+    bags: Any = exported.embeddings.embedding_bags
+    for name, weights in bags.items():
+        got = shards[f"tables.embeddings.embedding_bags.{name}.weight"]
+        torch.testing.assert_close(got, weights.weight.detach(), rtol=1e-5, atol=1e-6)
+        summed = optimizer.state[weights.weight]["sum"].squeeze(1)
+        torch.testing.assert_close(shards[f"{name}.momentum1"], summed, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_that_cannot_take_the_state_are_named(folder):
+    for result in results(folder, "exported"):
+        none, cut = result["refusals"]
+        assert "table 'wide': its rows carry ['h'], the model's optimizer keeps none" in none
+        assert "table 'wide' is cut by columns in the model" in cut
+
+
 # ---- alone
 
 
