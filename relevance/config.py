@@ -64,6 +64,10 @@ class SftConfig:
     micro_rows: int = 32
     """Rows of one forward pass; batch_rows is a multiple of it."""
     max_grad_norm: float = 1.0  # P
+    label_weight: float | None = None
+    """Weight of the label token beside 1 of a rationale's; None = 1 with --model, 10 for a tiny model made here."""
+    prompt_weight: float | None = None
+    """Weight of a prompt's token; None = 0 with --model, 0.3 for a tiny model made here: it has no language yet."""
 
     def __post_init__(self) -> None:
         if self.micro_rows < 1 or self.batch_rows % self.micro_rows or self.num_epochs <= 0:
@@ -71,6 +75,9 @@ class SftConfig:
                 f"sft: batch_rows must be a multiple of micro_rows and num_epochs above 0; got {self.batch_rows}, "
                 f"{self.micro_rows}, {self.num_epochs}"
             )
+        for name, weight in (("label_weight", self.label_weight), ("prompt_weight", self.prompt_weight)):
+            if weight is not None and not 0 <= weight < float("inf"):
+                raise ConfigError(f"sft.{name} must be a finite number of at least 0, or null; got {weight}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, SFTConfig
 
 from recis.errors import ConfigError, DataError
 from relevance.checkpoints import last_complete, mark_complete
@@ -26,6 +26,7 @@ from relevance.grader import RolloutJob
 from relevance.language_model import LanguageModel
 from relevance.ranks import is_main, main_first, on_cpu
 from relevance.run_log import LOG_NAME, append_log, cut_log
+from relevance.sft_loss import RelevanceSFTTrainer, TokenWeights
 from relevance.tiny import ModelConfig
 from relevance.token_head import use_token_head
 from relevance.trainer import RelevanceGRPOTrainer
@@ -102,27 +103,22 @@ class RunCallback(TrainerCallback):
         return control
 
 
-class RelevanceSFTTrainer(SFTTrainer):
-    """SFT through our head: labelled positions only, and a loss without the metrics that need every logit."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the cross-entropy per token of the whole batch."""
-        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
-        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what Trainer has."""
-        super(SFTTrainer, self).log(logs, start_time)
-
-
-def train_sft(lm: LanguageModel, rows: Sequence[tuple[str, str]], settings: SftSettings, stage: Stage) -> Path:
+def train_sft(
+    lm: LanguageModel,
+    rows: Sequence[tuple[str, str]],
+    settings: SftSettings,
+    stage: Stage,
+    *,
+    weights: TokenWeights | None = None,
+) -> Path:
     """Train on (prompt, completion) rows and return the folder of the finished model.
+
+    Args:
+        lm: the model before.
+        rows: completions end without the eos, which is added.
+        settings: see its fields.
+        stage: where.
+        weights: of the tokens; None counts completion tokens alike and prompts not at all.
 
     Raises:
         DataError: a row is longer than the model's context; nothing is cut silently.
@@ -155,6 +151,7 @@ def train_sft(lm: LanguageModel, rows: Sequence[tuple[str, str]], settings: SftS
         processing_class=lm.tokenizer,
         callbacks=[RunCallback(stage), MarkComplete(stage)],
         peft_config=peft_config(stage.model),
+        weights=weights,
     )
     use_token_head(_base(trainer.model))
     return _run(trainer, lm, stage)

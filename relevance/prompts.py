@@ -26,6 +26,8 @@ class PromptConfig:
     max_rules: int = 6
     max_prompt_tokens: int = 192
     max_chunk_tokens: int = 64
+    has_header: bool = True
+    """Start with the line that says what the labels mean; a model that is trained on one task alone can do without."""
 
     def __post_init__(self) -> None:
         if self.max_rules < 0 or self.max_prompt_tokens < 1 or self.max_chunk_tokens < 1:
@@ -70,7 +72,8 @@ class Prompts:
 
     def shared(self, pair: Pair) -> str:
         """Return the start that all items of the pair's query have in common."""
-        lines = [HEADER, *(rule.line() for rule in self.rules.rules_for(pair, max_rules=self.config.max_rules))]
+        lines = [HEADER] if self.config.has_header else []
+        lines += [rule.line() for rule in self.rules.rules_for(pair, max_rules=self.config.max_rules)]
         return "\n".join([*lines, f"query: {_one_line(pair.query)}", ""])
 
     def _fit(self, pair: Pair, chunk: str, hint: str) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 RUN_NAME, GRADER_NAME, FINAL = "run.json", "grader.json", "final"
 Config = TypeVar("Config", bound=RunConfig)
+FRESH_LABEL_WEIGHT, FRESH_PROMPT_WEIGHT = 10.0, 0.3  # of a model from random weights; see `sft_loss`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +127,23 @@ class TrainingRun(Generic[Config]):
         """Return the model that reinforcement starts from: --model, or a tiny one after SFT in this run's folder."""
         if self.model_path is not None:
             return self.load(self.model_path)
-        from relevance.engine import train_sft
+        return self.load(self.train_sft())
 
-        stage = self.stage("sft")
-        if not stage.is_done:
-            lm = self.base_model()
-            train_sft(lm, self.sft_rows(self.task_of(lm)), self.config.sft, stage)
-        return self.load(stage.final)
+    def train_sft(self) -> Path:
+        """Train the base model on the rationales, in this run's folder, and return the finished model's folder."""
+        from relevance.engine import train_sft
+        from relevance.sft_loss import TokenWeights
+
+        stage, settings = self.stage("sft"), self.config.sft
+        if stage.is_done:
+            return stage.final
+        lm, is_fresh = self.base_model(), self.model_path is None
+        weights = TokenWeights(
+            label=_or(settings.label_weight, FRESH_LABEL_WEIGHT if is_fresh else 1.0),
+            prompt=_or(settings.prompt_weight, FRESH_PROMPT_WEIGHT if is_fresh else 0.0),
+            is_label_last=self.task.profile.is_label_last,
+        )
+        return train_sft(lm, self.sft_rows(self.task_of(lm)), settings, stage, weights=weights)
 
     def finish(self, final: Path, *, with_b: bool = True) -> Path:
         """Fit b on dev pairs, write grader.json and the curves, and link the model as `final`."""
@@ -172,6 +183,10 @@ class TrainingRun(Generic[Config]):
             link.unlink()
         link.symlink_to(final.resolve().relative_to(self.folder.resolve()))
         write_curves(self.folder, title=f"relevance train {self.recipe}")
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 _PARTS = {"category": "category", "attributes": "attribute", "rule": "rule"}

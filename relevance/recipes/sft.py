@@ -8,17 +8,12 @@ completion, AdamW, cosine, 2 epochs (P, DyKnow-RAG arXiv:2510.11122); the learni
 from pathlib import Path
 
 from relevance.config import SftRun
-from relevance.engine import train_sft
 from relevance.training_run import TrainingRun
 
 
 def train(run: TrainingRun[SftRun]) -> Path:
     """Train and return the folder of the finished model."""
-    stage = run.stage("sft")
-    if not stage.is_done:
-        lm = run.base_model()
-        train_sft(lm, run.sft_rows(run.task_of(lm)), run.config.sft, stage)
-    return run.finish(stage.final)
+    return run.finish(run.train_sft())
 
 
 if __name__ == "__main__":
