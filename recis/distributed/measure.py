@@ -112,7 +112,7 @@ class _Parts:
         unique = [unique_ids(ids) for ids in self._batches]
         owners = Owners(2, 1)
         dedup_s = _median(lambda k: unique_ids(self._batches[k]))
-        deal_s = _median(lambda k: _dealt(owners, unique[k].ids, unique[k].segments, unique[k].counts))
+        deal_s = _median(lambda k: owners.deal(unique[k].ids, unique[k].segments, unique[k].counts))
         lookup_s = median(self._lookup(k) for k in range(ROUNDS))
         forward_s, backward_s, sums_s, update_s = (
             median(times) for times in zip(*(self._step(k) for k in range(ROUNDS)), strict=True)
@@ -161,11 +161,6 @@ class _Parts:
         done = time.perf_counter()
         sums_s = _timed(exchange.bring_gradients)
         return looked_up - begun, done - looked_up, sums_s, _timed(self._end)
-
-
-def _dealt(owners: Owners, ids: Tensor, segments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    dealt = owners.deal(ids, segments)
-    return ids[dealt.order], counts[dealt.order]
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -1,7 +1,7 @@
 """What a rank of W needs: memory and time, the place of each table, and whether it fits, with the arithmetic.
 
     rows      rows x row bytes of the fullest rank's share, its index, lists and sightings
-    dense     parameters x (weight + gradient + optimizer state), and four flat copies in which gradients travel
+    dense     parameters: weights, gradients and the optimizer's state, and four flat copies in which gradients travel
     exchange  what a lookup holds until the step ends: rows as they came, as pooling reads them, and on their way out
     program   what the process holds before any of it
 
@@ -235,10 +235,12 @@ def _table_lines(shape: ModelShape, rows: Mapping[str, tuple[int, str]], ranks: 
 
 def _dense_lines(shape: ModelShape) -> list[Line]:
     numbers, kept = shape.dense_parameters, shape.optimizer_numbers
-    own = numbers * _FLOAT_BYTES * (2 + kept)
+    own = _FLOAT_BYTES * (2 * numbers + kept)
     return [
         Line(
-            name="dense part", num_bytes=own, text=f"{numbers:,} x 4 B x (weight + gradient + {kept} of the optimizer)"
+            name="dense part",
+            num_bytes=own,
+            text=f"{numbers:,} weights and gradients, {kept:,} of the optimizer, x 4 B",
         ),
         Line(
             name="dense gradients, flat",

@@ -79,7 +79,7 @@ class ModelShape:
         lookups: names of the features of each lookup, every feature in at least one.
         rows_item: bytes of a number of a row or gradient on its way between ranks.
         dense_parameters: trainable numbers of the dense part.
-        optimizer_numbers: numbers that the dense optimizer keeps per parameter.
+        optimizer_numbers: numbers that the dense optimizer keeps.
         dense_s: seconds of the dense part's forward, loss and backward: (fixed, per sample); zeros = not known.
         batch_size: samples of a step in the recipe; None = not known.
     """

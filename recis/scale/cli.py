@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -106,20 +107,20 @@ def _plan(args: argparse.Namespace) -> int:
     from recis.distributed import plan as planning
     from recis.scale.planning import plan_recipe
 
-    plan = plan_recipe(
-        args.recipe,
-        world_size=args.world,
-        memory_gb=args.memory_per_rank,
-        data=args.data,
-        settings=args.set,
-        rows=args.rows,
-        trace=args.trace,
-        max_samples=args.samples,
-        costs=args.costs,
-        link=(args.link_gb_per_s, args.link_latency_us),
-        cores=args.cores,
-        say=partial(print, file=sys.stderr),
-    )
+    with redirect_stdout(sys.stderr):  # whatever a recipe prints: stdout is for the plan
+        plan = plan_recipe(
+            args.recipe,
+            world_size=args.world,
+            memory_gb=args.memory_per_rank,
+            data=args.data,
+            settings=args.set,
+            rows=args.rows,
+            trace=args.trace,
+            max_samples=args.samples,
+            costs=args.costs,
+            link=(args.link_gb_per_s, args.link_latency_us),
+            cores=args.cores,
+        )
     if args.json:
         _print_json("plan", args.recipe, args.data, args.world, planning.metrics(plan), planning.to_json(plan))
     else:
@@ -145,7 +146,7 @@ def _simulate(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace) -> int:
     from recis.scale.recipe import opened, record
 
-    with opened(args.record, data=args.data, settings=args.set) as config:
+    with redirect_stdout(sys.stderr), opened(args.record, data=args.data, settings=args.set) as config:
         facts = record(config, args.trace, max_samples=args.samples, max_steps=args.steps)
     whole = "a whole epoch" if facts.is_whole else "the first"
     print(f"{args.trace}: {facts.samples:,} samples ({whole}), {len(facts.shape.tables)} tables", file=sys.stderr)

@@ -1,11 +1,12 @@
 """Look at a recipe without training it: its tables and lookups, a sample of its ids, the time of its dense part.
 
 The sample is what the recipe's own reader and features deliver, in the order of a run. The dense part is timed on it with
-the lookups cut out: they return leaves, so that backward ends there.
+the lookups cut out: they return leaves, so that backward ends there. A model that looks up other ids than the batch's own
+features (shifted sequences, drawn negatives) is run over the sample, and what its collections are called with is taken.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from recis.distributed.batches import samples_of
-from recis.distributed.shape import ModelShape, table_shape
+from recis.distributed.shape import ModelShape
 from recis.distributed.trace import TraceWriter
-from recis.embedding import TableSet
 from recis.errors import ConfigError
 from recis.features import FeatureEngine
 from recis.io import Batch, DataConfig, Reader
 from recis.jagged import JaggedTensor
 from recis.recipes import call_recipe
+from recis.scale.ids import ModelIds, ids_of
 from recis.trainer import TrainConfig
-from recis.trainer.build import Collection, build_model, dense_parameters, find_collections, table_sets
+from recis.trainer.build import Collection, build_model, dense_parameters, find_collections
 from recis.trainer.data import StepStream
 from recis.trainer.randomness import seed_everything
 from recis.trainer.scoring import as_float
@@ -36,14 +37,7 @@ MAX_SAMPLES = 200_000
 _DENSE_SAMPLES = 4096  # timed at once at most
 _DENSE_ROUNDS = 5
 _DENSE_S = 6.0
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a trace: the feature of the batch, and the name it goes by."""
-
-    name: str
-    feature: str
+_MODEL_S = 30.0  # that a model is run over its sample for its ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,27 +90,28 @@ def record(
     collections = find_collections(model)
     if not collections:
         raise ConfigError(f"recipe {config.name!r} has no tables: there is nothing to spread, plan or simulate")
-    shape, columns = shape_of(config, model, collections)
     engine = FeatureEngine(config.features) if config.features else None
     source = _source(config)
-    stream = StepStream(source, engine, micro_batches=config.accumulate_steps)
     try:
-        steps = stream.steps()
+        steps = StepStream(source, engine, micro_batches=config.accumulate_steps).steps()
         first = next(steps, None)
         if first is None:
             raise ConfigError(f"recipe {config.name!r}: its data has no samples; give --data")
-        epoch_samples = source.num_samples if isinstance(source, Reader) else getattr(source, "num_samples", None)
-        batch_size = _batch_size(config, first)
-        dense_s = dense_seconds(config, model, collections, first) if dense else (0.0, 0.0)
-        shape = replace(shape, batch_size=batch_size, dense_s=dense_s)
+        epoch_samples = getattr(source, "num_samples", None)
+        ids = ids_of(config, model, collections, first[0])
+        shape = replace(_shape(config, model, ids), batch_size=_batch_size(config, first))
+        if dense:
+            dense_s, kept = dense_seconds(config, model, collections, first[0])
+            shape = replace(shape, dense_s=dense_s, optimizer_numbers=kept)
         limit = max_samples if epoch_samples is None else min(max_samples, epoch_samples)
-        samples, ended = 0, True
+        samples, ended, begun = 0, True, time.perf_counter()
         with TraceWriter(path, shape) as writer:
             for number, batches in enumerate(chain((first,), steps), start=1):
                 for batch in batches:
-                    _write(writer, columns, batch)
+                    writer.write(*ids.take(batch))
                     samples += batch.num_samples
-                if samples >= limit or number == max_steps:
+                late = ids.runs_model and time.perf_counter() - begun > _MODEL_S
+                if samples >= limit or number == max_steps or late:
                     ended = False
                     break
     finally:
@@ -140,86 +135,28 @@ def _batch_size(config: TrainConfig, first: Sequence[Batch]) -> int:
     return told or max(1, sum(batch.num_samples for batch in first))
 
 
-def _write(writer: TraceWriter, columns: Sequence[Column], batch: Batch) -> None:
-    values: dict[str, Tensor] = {}
-    offsets: dict[str, Tensor] = {}
-    for column in columns:
-        bags = batch.sparse[column.feature]
-        assert isinstance(bags.values, Tensor)
-        values[column.name] = bags.values[: int(bags.lengths.sum())]
-        lengths = bags.lengths.long()
-        offsets[column.name] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    writer.write(values, offsets)
-
-
-def shape_of(
-    config: TrainConfig, model: nn.Module, collections: Sequence[Collection]
-) -> tuple[ModelShape, list[Column]]:
-    """Return tables, lookups and dense part of a model, and the columns its trace has."""
-    sets = table_sets(collections)
-    stores = {id(store): number for number, store in enumerate(store for one in sets for store in one.stores)}
-    tables = [(one, table) for one in sets for table in one.tables.values()]
-    numbers = {id(table): number for number, (_, table) in enumerate(tables)}
-    names = _column_names(sets)
-    features: dict[str, int] = {}
-    columns: dict[str, Column] = {}
-    lookups = []
-    for collection in collections:
-        one = collection.table_set
-        by_store: dict[int, list[str]] = {}
-        for feature in collection.features:
-            table = one.features[feature][1]
-            column = names[id(one), feature]
-            by_store.setdefault(stores[id(table.store)], []).append(column)
-            features[column] = numbers[id(table)]
-            columns[column] = Column(column, feature)
-        lookups += [tuple(found) for found in by_store.values()]
+def _shape(config: TrainConfig, model: nn.Module, ids: ModelIds) -> ModelShape:
+    """Return tables, lookups and the size of the dense part."""
     parameters = dense_parameters(model)
-    used = sorted(set(features.values()))  # a table without a feature in any collection is never looked up
-    place = {number: rank for rank, number in enumerate(used)}
-    return (
-        ModelShape(
-            tables=tuple(
-                table_shape(tables[number][1].config, store=stores[id(tables[number][1].store)]) for number in used
-            ),
-            features={column: place[number] for column, number in features.items()},
-            lookups=tuple(lookups),
-            rows_item=torch.finfo(getattr(torch, config.parallel.rows_dtype)).bits // 8,
-            dense_parameters=sum(value.numel() for value in parameters.values()),
-            optimizer_numbers=optimizer_numbers(config),
-        ),
-        list(columns.values()),
+    return ModelShape(
+        tables=ids.tables,
+        features=ids.features,
+        lookups=ids.lookups,
+        rows_item=torch.finfo(getattr(torch, config.parallel.rows_dtype)).bits // 8,
+        dense_parameters=sum(value.numel() for value in parameters.values()),
     )
-
-
-def _column_names(sets: Sequence[TableSet]) -> dict[tuple[int, str], str]:
-    """Return (table set, feature) -> column; a feature of several sets is told apart by its table."""
-    every = [feature for one in sets for feature in one.features]
-    return {
-        (id(one), feature): feature if every.count(feature) == 1 else f"{feature}@{table.name}"
-        for one in sets
-        for feature, (_, table) in one.features.items()
-    }
-
-
-def optimizer_numbers(config: TrainConfig) -> int:
-    """Return how many numbers the dense optimizer keeps per parameter, seen on one of six."""
-    weight = nn.Parameter(torch.zeros(2, 3))
-    optimizer = config.dense_optimizer.build([weight])
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    state: Mapping[str, Any] = optimizer.state[weight]
-    return sum(isinstance(value, Tensor) and value.shape == weight.shape for value in state.values())
 
 
 # ---- time of the dense part
 
 
 def dense_seconds(
-    config: TrainConfig, model: nn.Module, collections: Sequence[Collection], batches: Sequence[Batch]
-) -> tuple[float, float]:
-    """Return seconds of forward, loss, backward and update without the lookups: fixed, and per sample."""
-    batch = batches[0]
+    config: TrainConfig, model: nn.Module, collections: Sequence[Collection], batch: Batch
+) -> tuple[tuple[float, float], int]:
+    """Return what the dense part takes and keeps: seconds without the lookups, and numbers of the optimizer's state.
+
+    The seconds are those of forward, loss, backward and update: (fixed, per sample).
+    """
     many = min(batch.num_samples, _DENSE_SAMPLES)
     few = max(1, many // 4)
     optimizer = config.dense_optimizer.build(dense_parameters(model).values())
@@ -232,7 +169,13 @@ def dense_seconds(
         for remove in handles:
             remove()
     per_sample = max(0.0, (found[1] - found[0]) / (many - few)) if many > few else found[1] / many
-    return max(0.0, found[1] - per_sample * many), per_sample
+    kept = sum(
+        value.numel()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim
+    )
+    return (max(0.0, found[1] - per_sample * many), per_sample), kept
 
 
 def _dense_s(
