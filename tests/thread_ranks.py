@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recis.distributed.ranks import Ranks
+from recis.distributed.travelling import Travelling
 
 
 class _Meeting:
@@ -46,17 +47,20 @@ class ThreadRanks(Ranks):
         self.meeting = meeting
         self.sent_bytes = 0
 
-    def all_to_all(self, given: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
+    def start_all_to_all(
+        self, given: Tensor, send: Sequence[int], receive: Sequence[int], what: str, *, out: Tensor | None = None
+    ) -> Travelling:
         assert given.shape[0] == sum(send)
         parts = given.split(list(send))
         self.sent_bytes += sum(part.nbytes for rank, part in enumerate(parts) if rank != self.rank)
         seen = self.meeting.exchange(self.rank, parts, what)
         taken = [seen[rank][self.rank].clone() for rank in range(self.world_size)]
         assert [part.shape[0] for part in taken] == list(receive)
-        return torch.cat(taken)
+        filled = torch.cat(taken)
+        return Travelling(self, filled if out is None else out.copy_(filled), None, what)
 
-    def all_gather(self, given: Tensor, what: str) -> Tensor:
-        return torch.stack(self.meeting.exchange(self.rank, given.clone(), what))
+    def start_all_gather(self, given: Tensor, what: str) -> Travelling:
+        return Travelling(self, torch.stack(self.meeting.exchange(self.rank, given.clone(), what)), None, what)
 
     def gather_objects(self, item: Any, what: str, *, group: Any = None) -> list[Any]:
         return self.meeting.exchange(self.rank, item, what)

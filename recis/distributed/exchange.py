@@ -1,29 +1,37 @@
 """Rows of one store that W ranks share: each id's row lies with its owner, everyone looks up everything.
 
-    lookup     distinct pairs --deal--> owners: all-to-all of ids and sightings --> the owner's own lookup (admission,
-               initial values) --> all-to-all of rows --> this rank pools them as if they were its own
+    ask        distinct pairs --deal--> owners; their numbers start to travel
+    start_ids  the numbers are there: ids and sightings start to travel
+    answer     the owner's own lookup (admission, initial values); rows start to travel
+    take       the rows are there: this rank pools them as if they were its own
     gradients  this rank sums its positions per pair, in (sample, feature, position) --> all-to-all of sums --> the owner
                adds those of one row in ascending part and updates once
 
+`lookup` does the first four at once. Up to `start_ids` no table is read or changed, so a batch may be asked for while the
+step before it still runs; `answer` finds the rows as that step's update has left them, and values are the same.
+
 All ranks make the same lookups in the same order. Rank r's j-th micro-batch of a step is part r + j W, so "lookup by lookup,
-and inside of one in ascending rank" is ascending part: a sum that does not depend on W. Memory beside the rows of the
-table: the unique rows of a lookup once as they came and once in the pooling's layout, until the step ends.
+and inside of one in ascending rank" is ascending part: a sum that does not depend on W. What a rank owns itself never
+travels. Memory beside the rows of the table, until the step ends: the unique rows of a lookup and the sums of their
+gradients, each once, and both once more as far as they belong to other ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recis.distributed.agreement import lowest_of_all, sum_of_squares
-from recis.distributed.owners import Owners
+from recis.distributed.owners import Dealt, Owners
 from recis.distributed.ranks import Ranks
+from recis.distributed.travelling import Travelling
 from recis.embedding.lookups import StoreLookup
 from recis.embedding.rows import RowStore
 from recis_kernels.embedding_bag import row_gather
-from recis_kernels.row_blocks import RowBlocks, RowLayout
+from recis_kernels.host_memory import zeroed_bytes
+from recis_kernels.row_blocks import RowBlocks
 from recis_kernels.row_grads import PendingLookup, RowGrad, reduce_lookups
 from recis_kernels.unique_ids import unique_ids
 
@@ -32,13 +40,15 @@ from recis_kernels.unique_ids import unique_ids
 _UNREACHED = {torch.float32: 0x7FC5_EC15, torch.bfloat16: 0x7FD5, torch.float16: 0x7ED5}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _SOURCES = 1 << 20  # more lookups of one collection between two updates than there can be
+_PIECES = 3  # sums of the ranks before this one, of this one, of those behind it
 
 
 class Received:
     """Rows that a lookup brought from their owners: what pooling and backward see in place of the store."""
 
-    def __init__(self, layout: RowLayout) -> None:
-        self.blocks = RowBlocks(layout)
+    def __init__(self, dim: int) -> None:
+        self.memory = Memory(dim)
+        self.blocks = RowBlocks.of_tensor(self.memory.rows(0))
         self.number = 0
 
     def micro_batch(self, source: object) -> int:
@@ -46,13 +56,96 @@ class Received:
         return self.number
 
 
+class Memory:
+    """Room for float32 rows [N, D] that is kept from step to step: new pages cost more than what is written to them."""
+
+    def __init__(self, dim: int) -> None:
+        self._rows = torch.empty(0, dim)
+        self.user: StoreLookup | None = None
+
+    def rows(self, num_rows: int) -> Tensor:
+        """Return room for num_rows rows; what was in it may be gone."""
+        if num_rows > self._rows.shape[0]:
+            dim = self._rows.shape[1]
+            self._rows = zeroed_bytes(4 * dim * (num_rows + num_rows // 4)).view(torch.float32).view(-1, dim)
+        return self._rows[:num_rows]
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """The ids of one lookup on their way to the owners.
+
+    Attributes:
+        exchange: where.
+        dealt: the distinct (table, id) pairs of this rank by owner.
+        inverse: int32 [L], position -> pair.
+        numbers: pairs of each rank for each rank of each table, [W, W, T].
+        words: the ids and sightings that other ranks have for this one, once `start_ids` was called.
+        per_table: pairs from each rank of each table, [W, T], from then on.
+    """
+
+    exchange: "TableExchange"
+    dealt: Dealt
+    inverse: Tensor
+    numbers: Travelling
+    words: Travelling | None = None
+    per_table: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def send(self) -> list[int]:
+        """Pairs for each rank."""
+        return self.dealt.counts.sum(1).tolist()
+
+    @property
+    def receive(self) -> list[int]:
+        """Pairs from each rank."""
+        return self.per_table.sum(1).tolist()
+
+    def start_ids(self) -> None:
+        """Wait for the numbers and let the ids travel; a second call does nothing."""
+        if self.words is None:
+            self.words = self.exchange.start_ids(self)
+
+    def drop(self) -> None:
+        """Wait for what travels and forget it; every rank must do so."""
+        self.start_ids()
+        assert self.words is not None
+        self.words.wait()
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """The rows of one lookup on their way back.
+
+    Attributes:
+        asked: what was asked.
+        there: what this rank looked up for all ranks as an owner.
+        received: where the rows go.
+        rows: [U, D], of which those of other ranks still travel.
+        others: what travels.
+        train, source: as given to `answer`.
+    """
+
+    asked: Asked
+    there: StoreLookup
+    received: Received
+    rows: Tensor
+    others: Travelling
+    train: bool
+    source: object
+
+    def take(self) -> StoreLookup:
+        """Wait for the rows and return them as a lookup of this rank; in training its gradients will be sent."""
+        return self.asked.exchange.take(self)
+
+
 @dataclass(slots=True, eq=False)
 class Sent:
     """One training lookup of this rank that waits for its gradients, and what it became at the owners.
 
     Attributes:
-        here: as pooling sees it; its rows are in the order they were sent in.
-        there: what this rank looked up for all ranks as an owner.
+        here: as pooling sees it; pairs of other ranks by rank, then this rank's own.
+        there: what this rank looked up for all ranks as an owner; pairs by rank.
         send, receive: pairs for and from each rank.
         number: order of the lookup among all since the last update: by collection, then by time.
     """
@@ -69,6 +162,8 @@ class _Pending:
     sent: list[Sent] = field(default_factory=list)
     sources: list[object] = field(default_factory=list)
     lookups: list[int] = field(default_factory=list)
+    answers: int = 0
+    """Training lookups since the last update that were answered, taken or not."""
 
 
 class TableExchange:
@@ -82,15 +177,17 @@ class TableExchange:
 
     def __init__(self, store: RowStore, ranks: Ranks, *, rows_dtype: torch.dtype = torch.float32) -> None:
         self._store, self._ranks = store, ranks
-        self._owners = Owners(ranks.world_size, store.num_tables)
+        self._owners = Owners(ranks.world_size, store.num_tables, own=ranks.rank)
         self._tables = torch.arange(store.num_tables, dtype=torch.int32).repeat(ranks.world_size)
         self._sums_dtype = rows_dtype
         self._rows_dtype = torch.bfloat16 if store.layout.dtype == torch.bfloat16 else rows_dtype
-        self._layout = RowLayout(dim=store.layout.dim)
+        self._dim = store.layout.dim
         self._name = store.describe()
         self._pending = _Pending()
         self._received: list[Received] = []
-        self._read_only = Received(self._layout)
+        self._idle: list[Received] = []
+        self._outbox = Memory(self._dim)
+        self._sums: list[Memory] = []
 
     # ---- what owners decide together
 
@@ -110,70 +207,124 @@ class TableExchange:
 
     def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
         """Look up ids [L] of ranges, as RowStore.lookup does; every rank must call it, with no ids if it has none."""
+        return self.take(self.answer(self.ask(ranges), train=train, source=source))
+
+    def ask(self, ranges: tuple[Tensor, Tensor, Tensor]) -> Asked:
+        """Begin to look up ids [L] of ranges, see RowStore.lookup; every rank must do it, with no ids if it has none."""
         ids, offsets, tables = ranges
         unique = unique_ids(ids, tables, offsets)
-        dealt = self._owners.deal(unique.ids, unique.segments)
-        sent_ids, sent_counts = unique.ids[dealt.order], unique.counts[dealt.order]
-        per_table = self._exchange_counts(dealt.counts)
-        send, receive = dealt.counts.sum(1).tolist(), per_table.sum(1).tolist()
-        own_ids, own_counts = self._exchange_ids(sent_ids, sent_counts, send, receive)
+        dealt = self._owners.deal(unique.ids, unique.segments, unique.counts)
+        numbers = self._ranks.start_all_gather(dealt.counts, f"numbers of ids for {self._name}")
+        return Asked(self, dealt, dealt.places_of(unique.inverse), numbers)
+
+    def start_ids(self, asked: Asked) -> Travelling:
+        """Send each owner its ids and their sightings: one message per rank, two sightings in the place of an id."""
+        asked.per_table = asked.numbers.wait()[:, self._ranks.rank].contiguous()
+        send, receive = self._without_own(asked.send), self._without_own(asked.receive)
+        words = [number + (number + 1) // 2 for number in send]
+        back = [number + (number + 1) // 2 for number in receive]
+        buffer = np.zeros(sum(words), np.int64)
+        _pack(buffer, asked.dealt.ids.numpy(), asked.dealt.sightings.numpy(), send, words)
+        return self._ranks.start_all_to_all(torch.from_numpy(buffer), words, back, f"ids for {self._name}")
+
+    def answer(self, asked: Asked, *, train: bool, source: object) -> Answer:
+        """Look up, among the rows that lie here, what all ranks asked for, and let the rows travel."""
+        asked.start_ids()
         bounds = torch.zeros(self._tables.numel() + 1, dtype=torch.int64)
-        torch.cumsum(per_table.reshape(-1), 0, out=bounds[1:])
-        there = self._store.look_up_own((own_ids, bounds, self._tables), train=train, source=source, counts=own_counts)
-        rows = row_gather(self._store.blocks, there.read_rows, there.inverse)
-        rows = self._travel(rows, receive, send, self._rows_dtype, "rows")
-        here = self._as_found(rows, dealt.place[unique.inverse.long()], train=train, source=source)
-        here.ids, here.tables, here.counts = sent_ids, unique.segments[dealt.order], sent_counts
-        if train:
-            here.grads = PendingLookup(here.row_numbers, here.tables, here.counts)
-            self._pending.sent.append(Sent(here, there, send, receive, self._number(source, here.store)))
+        torch.cumsum(asked.per_table.reshape(-1), 0, out=bounds[1:])
+        ids, sightings = self._asked_of_this(asked)
+        there = self._store.look_up_own((ids, bounds, self._tables), train=train, source=source, counts=sightings)
+        send, receive = asked.send, asked.receive
+        before, own = sum(receive[: self._ranks.rank]), receive[self._ranks.rank]
+        num_others = sum(receive) - own
+        outbox = self._outbox.rows(num_others)
+        self._gather(there, slice(0, before), outbox[:before])
+        self._gather(there, slice(before + own, None), outbox[before:])
+        received = self._room(train=train)
+        rows = received.memory.rows(sum(send))
+        others = self._travel(outbox, rows[: sum(send) - own], receive, send, self._rows_dtype, "rows")
+        self._gather(there, slice(before, before + own), rows[sum(send) - own :])
+        _round(rows[sum(send) - own :], self._rows_dtype)
+        return Answer(asked, there, received, rows, others, train, source)
+
+    def take(self, answer: Answer) -> StoreLookup:
+        """Return an answer's rows as a lookup of this rank, and remember a training lookup for its gradients."""
+        asked, train, source = answer.asked, answer.train, answer.source
+        arrived, rows = answer.others.wait(), answer.rows
+        if arrived.dtype != torch.float32:
+            rows[: arrived.shape[0]] = arrived
+        answer.received.blocks = RowBlocks.of_tensor(rows)
+        numbers = torch.arange(rows.shape[0])
+        dealt, store = asked.dealt, answer.received
+        here = StoreLookup(
+            store,  # type: ignore[arg-type]
+            dealt.ids,
+            dealt.tables,
+            dealt.sightings,
+            asked.inverse,
+            numbers,
+            numbers,
+            source=source,
+        )
+        if not train:
+            self._idle.append(store)
+            return here
+        here.grads = PendingLookup(here.row_numbers, here.tables, here.counts)
+        number = self._number(source, store)
+        self._pending.sent.append(Sent(here, answer.there, asked.send, asked.receive, number))
         return here
 
-    def _exchange_counts(self, counts: Tensor) -> Tensor:
-        """Return pairs from each rank of each table, int64 [W, T]."""
-        every = self._ranks.all_gather(counts, f"numbers of ids for {self._name}")
-        return every[:, self._ranks.rank].contiguous()
+    def num_waiting(self, source: object) -> int:
+        """Return how many lookups of `source` have a gradient that no update has used."""
+        return sum(sent.here.has_gradient and sent.here.source is source for sent in self._pending.sent)
 
-    def _exchange_ids(self, ids: Tensor, counts: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the ids and sightings that all ranks have for this one.
+    def _asked_of_this(self, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Return the ids and sightings that all ranks have for this one, by rank: its own come from here."""
+        assert asked.words is not None
+        given, receive, rank = asked.words.wait().numpy(), asked.receive, self._ranks.rank
+        ids, sightings = np.empty(sum(receive), np.int64), np.empty(sum(receive), np.int32)
+        own = asked.dealt.ids.numel() - receive[rank]
+        at = first = 0
+        for source, number in enumerate(receive):
+            last = first + number
+            if source == rank:
+                ids[first:last] = asked.dealt.ids.numpy()[own:]
+                sightings[first:last] = asked.dealt.sightings.numpy()[own:]
+            else:
+                size = number + (number + 1) // 2
+                ids[first:last] = given[at : at + number]
+                sightings[first:last] = given[at + number : at + size].view(np.int32)[:number]
+                at += size
+            first = last
+        return torch.from_numpy(ids), torch.from_numpy(sightings)
 
-        One message per rank: its ids, then its counts, two of them in the place of an id.
-        """
-        if self._ranks.world_size == 1:
-            return ids, counts
-        words = [number + (number + 1) // 2 for number in send]
-        buffer = np.zeros(sum(words), np.int64)
-        _pack(buffer, ids.numpy(), counts.numpy(), np.array(send), np.array(words))
-        back = [number + (number + 1) // 2 for number in receive]
-        given = self._ranks.all_to_all(torch.from_numpy(buffer), words, back, f"ids for {self._name}").numpy()
-        own_ids, own_counts = np.empty(sum(receive), np.int64), np.empty(sum(receive), np.int32)
-        _unpack(given, own_ids, own_counts, np.array(receive), np.array(back))
-        return torch.from_numpy(own_ids), torch.from_numpy(own_counts)
+    def _without_own(self, sizes: list[int]) -> list[int]:
+        return [0 if rank == self._ranks.rank else size for rank, size in enumerate(sizes)]
 
-    def _travel(self, rows: Tensor, send: list[int], receive: list[int], dtype: torch.dtype, what: str) -> Tensor:
-        """Return rows [sum(receive), D] float32 for rows [sum(send), D] float32, sent as `dtype`."""
-        if self._ranks.world_size == 1 and dtype == torch.float32:
-            return rows
-        taken = self._ranks.all_to_all(rows.to(dtype), send, receive, f"{what} of {self._name}")
-        return taken.float()
+    def _gather(self, there: StoreLookup, part: slice, out: Tensor) -> None:
+        if out.shape[0]:
+            row_gather(self._store.blocks, there.read_rows, there.inverse[part], out=out)
 
-    def _as_found(self, rows: Tensor, inverse: Tensor, *, train: bool, source: object) -> StoreLookup:
-        """Return the received rows [U, D] as a lookup of positions inverse [L]."""
-        received = self._read_only
-        if train:
-            used = len(self._pending.sent)
-            if used == len(self._received):
-                self._received.append(Received(self._layout))
-            received = self._received[used]
-        numbers = torch.arange(rows.shape[0])
-        received.blocks.grow(rows.shape[0])
-        if rows.shape[0]:
-            received.blocks.write(numbers, {"weight": rows})
-        none = numbers.new_empty(0)
-        store: Any = received
-        return StoreLookup(store, none, none.int(), none.int(), inverse, numbers, numbers, source=source)
+    def _travel(
+        self, rows: Tensor, room: Tensor, send: Sequence[int], receive: Sequence[int], dtype: torch.dtype, what: str
+    ) -> Travelling:
+        """Send rows of other ranks, float32, as `dtype`; what arrives is `room` itself, or of that type."""
+        send, receive, what = self._without_own(list(send)), self._without_own(list(receive)), f"{what} of {self._name}"
+        if dtype == torch.float32:
+            return self._ranks.start_all_to_all(rows, send, receive, what, out=room)
+        return self._ranks.start_all_to_all(rows.to(dtype), send, receive, what)
 
-    def _number(self, source: object, received: Any) -> int:
+    def _room(self, *, train: bool) -> Received:
+        """Return where the rows of the next lookup go; outside of training only until they are taken and pooled."""
+        if not train:
+            return self._idle.pop() if self._idle else Received(self._dim)
+        used = self._pending.answers
+        self._pending.answers += 1
+        if used == len(self._received):
+            self._received.append(Received(self._dim))
+        return self._received[used]
+
+    def _number(self, source: object, received: Received) -> int:
         """Number a training lookup: by collection in order of first use, then by time, the same on every rank."""
         known = self._pending.sources
         place = next((k for k, one in enumerate(known) if one is source), len(known))
@@ -191,13 +342,29 @@ class TableExchange:
         pending, self._pending = self._pending, _Pending()
         for sent in pending.sent:
             assert sent.here.grads is not None
-            summed = reduce_lookups([sent.here.grads], self._layout.dim).views[0]
-            assert summed.grad is not None
-            sums = self._marked(summed.grad, summed.inverse < 0)
-            if self._ranks.world_size > 1:
-                sums = self._ranks.all_to_all(sums, sent.send, sent.receive, f"gradients of {self._name}")
-            self._give_to_owner(sent, sums)
+            num_others = sum(sent.send) - sent.send[self._ranks.rank]
+            room = self._room_for_sums(sum(sent.send), sent.there)
+            summed = reduce_lookups([sent.here.grads], self._dim, out=room).views[0]
+            sums, is_unreached = summed.grad, summed.inverse < 0
+            assert sums is not None
+            num_back = sum(sent.receive) - sent.receive[self._ranks.rank]
+            inbox = self._room_for_sums(num_back, sent.there)
+            outbox = self._marked(sums[:num_others], is_unreached[:num_others])
+            travelling = self._travel(outbox, inbox, sent.send, sent.receive, self._sums_dtype, "gradients")
+            own = _round(sums[num_others:], self._sums_dtype)
+            self._give_to_owner(sent, travelling.wait(), inbox, own, ~is_unreached[num_others:])
             sent.here.applied = True
+
+    def _room_for_sums(self, num_rows: int, user: StoreLookup) -> Tensor:
+        """Return room that nobody uses until an update has consumed what is in it."""
+        if not num_rows:
+            return torch.empty(0, self._dim)
+        free = next((one for one in self._sums if one.user is None or one.user.applied), None)
+        if free is None:
+            free = Memory(self._dim)
+            self._sums.append(free)
+        free.user = user
+        return free.rows(num_rows)
 
     def _marked(self, sums: Tensor, is_unreached: Tensor) -> Tensor:
         sums = sums.to(self._sums_dtype)
@@ -205,25 +372,36 @@ class TableExchange:
             sums.view(_BITS[sums.dtype])[is_unreached, 0] = _UNREACHED[sums.dtype]
         return sums
 
-    def _give_to_owner(self, sent: Sent, sums: Tensor) -> None:
-        """Attach sums [R, D] to the lookup this rank made for the others: one contribution per rank and row."""
-        reached = sums.view(_BITS[sums.dtype])[:, 0] != _UNREACHED[sums.dtype]
-        if not bool(reached.any()):
-            return
-        inverse = sent.there.inverse
-        if not bool(reached.all()):
-            inverse = torch.where(reached, inverse, -1)
-        order = torch.arange(sums.shape[0] + 1)
-        view = RowGrad(
-            inverse=inverse,
-            offsets=order,
-            stride=sums.shape[0],
-            per_position=True,
-            micro_batch=sent.number,
-            grad=sums.float(),
+    def _give_to_owner(self, sent: Sent, arrived: Tensor, inbox: Tensor, own: Tensor, own_reached: Tensor) -> None:
+        """Attach sums to the lookup this rank made for all: one contribution per rank and row, in ascending rank."""
+        reached = arrived.view(_BITS[arrived.dtype])[:, 0] != _UNREACHED[arrived.dtype]
+        if arrived.dtype != torch.float32:
+            inbox[:] = arrived
+        before = sum(sent.receive[: self._ranks.rank])
+        first = 0
+        pieces = (
+            (inbox[:before], reached[:before]),
+            (own, own_reached),
+            (inbox[before:], reached[before:]),
         )
         assert sent.there.grads is not None
-        sent.there.grads.views.append(view)
+        for piece, (sums, is_reached) in enumerate(pieces):
+            count = sums.shape[0]
+            inverse = sent.there.inverse[first : first + count]
+            first += count
+            if not bool(is_reached.any()):
+                continue
+            if not bool(is_reached.all()):
+                inverse = torch.where(is_reached, inverse, -1)
+            view = RowGrad(
+                inverse=inverse,
+                offsets=torch.arange(count + 1),
+                stride=count,
+                per_position=True,
+                micro_batch=_PIECES * sent.number + piece,
+                grad=sums,
+            )
+            sent.there.grads.views.append(view)
 
     def drop_gradients(self) -> None:
         """Forget the gradients of lookups that were not sent yet, on every rank."""
@@ -236,18 +414,19 @@ class TableExchange:
         return any(sent.here.has_gradient for sent in self._pending.sent)
 
 
-def _pack(buffer: np.ndarray, ids: np.ndarray, counts: np.ndarray, send: np.ndarray, words: np.ndarray) -> None:
-    """Write each rank's ids and counts into its part of the buffer."""
+def _round(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round rows in place to what they would be after a journey as `dtype`."""
+    if dtype != torch.float32:
+        rows.copy_(rows.to(dtype))
+    return rows
+
+
+def _pack(
+    buffer: np.ndarray, ids: np.ndarray, sightings: np.ndarray, send: Sequence[int], words: Sequence[int]
+) -> None:
+    """Write each rank's ids and sightings into its part of the buffer."""
     at = first = 0
-    for number, size in zip(send.tolist(), words.tolist(), strict=True):
+    for number, size in zip(send, words, strict=True):
         buffer[at : at + number] = ids[first : first + number]
-        buffer[at + number : at + size].view(np.int32)[:number] = counts[first : first + number]
-        at, first = at + size, first + number
-
-
-def _unpack(given: np.ndarray, ids: np.ndarray, counts: np.ndarray, receive: np.ndarray, words: np.ndarray) -> None:
-    at = first = 0
-    for number, size in zip(receive.tolist(), words.tolist(), strict=True):
-        ids[first : first + number] = given[at : at + number]
-        counts[first : first + number] = given[at + number : at + size].view(np.int32)[:number]
+        buffer[at + number : at + size].view(np.int32)[:number] = sightings[first : first + number]
         at, first = at + size, first + number

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis.distributed.costs import Costs, LinkCost, OpCost
-from recis.distributed.owners import Owners
 from recis.distributed.ranks import Ranks
 from recis.distributed.tables import share_tables
 from recis.embedding import EmbeddingBagCollection, TableConfig, TableSet
@@ -110,9 +109,7 @@ class _Parts:
     def measured(self) -> dict[str, Point]:
         """Return (items, bytes, seconds) of each op."""
         unique = [unique_ids(ids) for ids in self._batches]
-        owners = Owners(2, 1)
         dedup_s = _median(lambda k: unique_ids(self._batches[k]))
-        deal_s = _median(lambda k: owners.deal(unique[k].ids, unique[k].segments, unique[k].counts))
         lookup_s = median(self._lookup(k) for k in range(ROUNDS))
         forward_s, backward_s, sums_s, update_s = (
             median(times) for times in zip(*(self._step(k) for k in range(ROUNDS)), strict=True)
@@ -124,8 +121,7 @@ class _Parts:
         at_positions = float(self._positions * row)
         return {
             "dedup": (self._positions, 0.0, dedup_s),
-            "deal": (pairs, 0.0, deal_s),
-            "lookup": (pairs, pairs * row, max(0.0, lookup_s - dedup_s - deal_s)),
+            "lookup": (pairs, pairs * row, max(0.0, lookup_s - dedup_s)),
             "insert": (new_ids, new_ids * stored, insert_s),
             "pool": (self._positions, at_positions, max(0.0, forward_s - lookup_s) + backward_s),
             "sums": (self._positions, at_positions, sums_s),

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recis.distributed.timeline import Timeline
+from recis.distributed.travelling import Travelling
 from recis.errors import RecisError
 
 _NOTE_WAIT_S = 3.0  # how long the others' notes are waited for: all of them meet a dead peer at about the same time
@@ -39,6 +41,8 @@ class Ranks:
 
     Attributes:
         step: the step under way, for messages.
+        timeline: what this rank does when.
+        link_delay_s: what every collective of the step takes at least, to try a slow link on one machine.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class Ranks:
         self.timeout_s = timeout_s
         self._met = 0
         self.step = 0
+        self.timeline = Timeline(rank)
+        self.link_delay_s = 0.0
 
     def __repr__(self) -> str:
         return f"Ranks(rank {self.rank} of {self.world_size})"
@@ -70,21 +76,37 @@ class Ranks:
             send, receive: rows for and from each rank.
             what: name of the exchange, for messages.
         """
+        return self.start_all_to_all(given, send, receive, what).wait()
+
+    def start_all_to_all(
+        self, given: Tensor, send: Sequence[int], receive: Sequence[int], what: str, *, out: Tensor | None = None
+    ) -> Travelling:
+        """Start all_to_all; every rank must start its collectives in one order, and may wait for them in any.
+
+        Args:
+            given, send, receive, what: as for all_to_all; `given` may not change until it has been waited for.
+            out: [sum(receive), ...], contiguous: where the parts go; None = new memory.
+        """
         if self.world_size == 1:
-            return given
-        taken = given.new_empty((sum(receive), *given.shape[1:]))
-        with self._named(what):
-            dist.all_to_all_single(taken, given, list(receive), list(send), group=self.group)
-        return taken
+            return Travelling(self, given, None, what)
+        taken = given.new_empty((sum(receive), *given.shape[1:])) if out is None else out
+        with self.named(what):
+            work = dist.all_to_all_single(taken, given, list(receive), list(send), group=self.group, async_op=True)
+        return Travelling(self, taken, work, what, given)
 
     def all_gather(self, given: Tensor, what: str) -> Tensor:
         """Return [W, ...]: the tensors of all ranks, which have one shape."""
+        return self.start_all_gather(given, what).wait()
+
+    def start_all_gather(self, given: Tensor, what: str) -> Travelling:
+        """Start all_gather; see start_all_to_all."""
         if self.world_size == 1:
-            return given.unsqueeze(0)
+            return Travelling(self, given.unsqueeze(0), None, what)
         taken = given.new_empty((self.world_size, *given.shape))
-        with self._named(what):
-            dist.all_gather(list(taken.unbind(0)), given.contiguous(), group=self.group)
-        return taken
+        given = given.contiguous()
+        with self.named(what):
+            work = dist.all_gather(list(taken.unbind(0)), given, group=self.group, async_op=True)
+        return Travelling(self, taken, work, what, given)
 
     def gather_rows(self, given: Tensor, what: str) -> list[Tensor]:
         """Return the tensors [N_r, ...] of all ranks in order; N may differ, the rest of the shape may not."""
@@ -112,7 +134,7 @@ class Ranks:
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size
-        with self._named(what):
+        with self.named(what):
             dist.all_gather_object(items, item, group=self.group if group is None else group)
         return items
 
@@ -121,14 +143,14 @@ class Ranks:
         if self.world_size == 1:
             return item
         box = [item]
-        with self._named(what):
+        with self.named(what):
             dist.broadcast_object_list(box, src=0, group=self.group if group is None else group)
         return box[0]
 
     def copy_from_0(self, tensor: Tensor, what: str) -> None:
         """Overwrite a contiguous tensor with rank 0's, which has the same shape."""
         if self.world_size > 1:
-            with self._named(what):
+            with self.named(what):
                 dist.broadcast(tensor, src=0, group=self.group)
 
     def meet(self, what: str) -> None:
@@ -172,7 +194,8 @@ class Ranks:
     # ---- faults
 
     @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
+    def named(self, what: str) -> Iterator[None]:
+        """Turn a failure inside into a RankError that says where, and whose fault it is."""
         begun = time.monotonic()
         try:
             yield

@@ -29,6 +29,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecKeyed
 from torchrec.sparse.jagged_tensor import KeyedTensor
 from torchrec.streamable import Multistreamable
 
+from recis.distributed.exchange import Answer, Asked
 from recis.distributed.ranks import Ranks
 from recis.distributed.tables import share_tables
 from recis.embedding import EmbeddingBagCollection, EmbeddingCollection, TableConfig, TableSet, Tile
@@ -36,7 +37,6 @@ from recis.errors import ConfigError
 from recis.jagged import KeyedJaggedTensor
 from recis.optim import SparseOptimizer
 from recis.torchrec.jagged import jagged_to_torchrec
-from recis.torchrec.staged_exchange import Answer, Asked, StagedExchange
 
 
 class RowsOptimizer(KeyedOptimizer):
@@ -157,8 +157,6 @@ class _DynamicCollection(ShardedModule[Any, Any, Any, DynamicContext], FusedOpti
             table_set = TableSet(tables, seed=seed, deterministic=deterministic)
             self.ranks, self._accumulate_steps = _ranks_of(process_group, timeout_s), accumulate_steps
             share_tables(table_set, self.ranks, rows_dtype=rows_dtype)
-            for store in table_set.stores:
-                store.exchange = StagedExchange(store, self.ranks, rows_dtype=rows_dtype)
             self._optimizer = RowsOptimizer(table_set, accumulate_steps)
             features = list(table_set.features) if features is None else features
         self.rows = self._inner_type(table_set, features=features)
