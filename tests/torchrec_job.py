@@ -5,7 +5,6 @@
 One process imports everything, then forks the ranks: an import of TorchRec takes seconds.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -300,9 +299,10 @@ def rank_main(rank: int, folder: Path) -> None:
         torch.save(results, folder / f"{kind}-{rank}.pt")
         del dmp
     torch.save(train_exported(rank) | {"refusals": refusals(rank)}, folder / f"exported-{rank}.pt")
-    gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; how a process group is left while DDP objects live is not what this job is about
 
 
 def main() -> int:
@@ -314,7 +314,6 @@ def main() -> int:
         pid = os.fork()
         if pid == 0:
             rank_main(rank, folder)
-            return 0
         pids.append(pid)
     return max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in pids)
 
