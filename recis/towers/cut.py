@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recis.errors import ConfigError, DataError
-from recis.towers.backbone import layers_of
+from recis.towers.backbone import attention_of, layers_of
 from recis.towers.micro_batches import first_of_each, passes_over
 from recis.towers.text import TextTower, TextTowerConfig
 from recis.towers.vector_files import STATES_FORMAT, VectorFileError, read_arrays, read_lengths, read_manifest
@@ -221,7 +221,9 @@ class CutTower(TextTower):
             ).float()
 
     def _from_states(self, states: Tensor, lengths: Tensor) -> Tensor:
-        with torch.autocast(states.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        device, config = states.device.type, self.config
+        attention = attention_of(device, bf16=config.bf16, gradient_checkpointing=config.gradient_checkpointing)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16), attention:
             if states.shape[1] == 0:
                 states = states.new_zeros(len(states), 1, self.hidden_size)
             places = torch.arange(states.shape[1], device=states.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recis.errors import ConfigError, DataError, nearest
 from recis.jagged import JaggedTensor
-from recis.towers.backbone import freeze, layers_of, load_model, load_tokenizer
+from recis.towers.backbone import attention_of, freeze, layers_of, load_model, load_tokenizer
 from recis.towers.lora import add_lora
 from recis.towers.micro_batches import in_passes
 from recis.towers.optimizer import set_lr_scale
@@ -263,7 +263,9 @@ class TextTower(nn.Module):
         return any(value.requires_grad for value in self.pooling.parameters())
 
     def _pooled(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+        device, config = ids.device.type, self.config
+        attention = attention_of(device, bf16=config.bf16, gradient_checkpointing=config.gradient_checkpointing)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16), attention:
             inputs: dict[str, Any] = {"input_ids": ids}
             if self.pooling.has_own_token:
                 inputs = {"inputs_embeds": self._with_own_token(ids, lengths)}

@@ -184,6 +184,27 @@ def test_gradient_checkpointing_changes_no_gradient(bert_folder):
     torch.testing.assert_close(grads(True), grads(False), rtol=1e-4, atol=1e-6)
 
 
+def test_a_pass_that_trains_in_bfloat16_takes_plain_attention(bert_folder):
+    fused = []
+    cases = (
+        (True, True, False, False),
+        (True, False, False, True),
+        (False, True, False, True),
+        (True, True, True, True),
+    )
+    for bf16, grad, again, want in cases:
+        tower = config(bert_folder, frozen_layers=1, bf16=bf16, gradient_checkpointing=again).build().train()
+        tower.model.encoder.layer[1].register_forward_hook(
+            lambda *_: fused.append(torch.backends.cuda.flash_sdp_enabled())
+        )
+        with torch.set_grad_enabled(grad):
+            out = tower(strings(TEXTS))
+        if again:
+            out.sum().backward()
+        assert fused.pop() is want
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_bfloat16_stays_near_and_gives_float32(bert_folder):
     one, two = config(bert_folder).build().eval(), config(bert_folder, bf16=True).build().eval()
     a, b = one(strings(TEXTS)), two(strings(TEXTS))
