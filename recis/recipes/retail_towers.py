@@ -9,8 +9,8 @@
 
 The customers, split and window are those of `online_retail`; but all items are ranked, so that a new item can be found. An
 item's row is admitted late: until then the tower alone stands for it, in training as for a new item. A step of `joint`
-updates the tables (Adam on rows), the two towers and gates (AdamW), and the encoder with its projection (its own AdamW and
-warm-up, every second step, in bfloat16 where the processor multiplies it fast).
+updates the tables (Adam on rows), the two towers and gates (AdamW), and the title's tower (an AdamW of its own; the encoder's
+layers at a twentieth of the projection's rate, without dropout, in bfloat16 where the processor multiplies it fast).
 """
 
 import math
@@ -34,7 +34,6 @@ from recis.models.losses import softmax_loss
 from recis.models.sampling import Catalogue, HardNegatives, UniformNegatives
 from recis.models.two_tower import Tower, TwoTowerConfig, positive_score
 from recis.optim import Adam, Cosine
-from recis.optim.schedule import Constant
 from recis.recipes.item_text import title_encoder
 from recis.recipes.online_retail import hide
 from recis.recipes.online_shoppers import find_data
@@ -198,11 +197,8 @@ def stage_config(prepared: Prepared, stage: Stage, *, epochs: int, top_layers: i
     )
     rest = DenseAdamW(lr=2e-3, weight_decay=1e-2)
     own = Part(
-        name=TITLE,
-        optimizer=DenseAdamW(lr=1e-3, weight_decay=1e-2),
-        schedule=Constant(warmup_steps=max(1, steps // 5)),
-        every_steps=2,
-    )
+        name=TITLE, optimizer=rest
+    )  # as the projection learns without the layers, so that they alone are the difference
     return TrainConfig(
         name=f"retail_towers_{stage}",
         model=ranker if tower is None else WithTowers(ranker=ranker, towers=(tower,)),
@@ -266,8 +262,9 @@ def _tower(prepared: Prepared, stage: Stage, top_layers: int, seed: int) -> Any:
         out_width=DIM,
         max_tokens=MAX_TOKENS,
         frozen_layers=prepared.num_layers - top_layers,
-        lr_scale=0.1,
+        lr_scale=0.05,
         bf16=has_fast_bfloat16(),
+        dropout=False,
         seed=seed,
     )
     states = prepared.folder / f"states-{top_layers}"
