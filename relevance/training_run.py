@@ -88,7 +88,7 @@ class TrainingRun(Generic[Config]):
     def base_model(self) -> LanguageModel:
         """Return the model before any training: --model, or a fresh tiny one."""
         if self.model_path is not None:
-            return self.load(self.model_path)
+            return self.load(self.whole_model(self.model_path))
         folder = self.folder / "base"
         with main_first():
             if not (folder / "config.json").exists():
@@ -125,9 +125,24 @@ class TrainingRun(Generic[Config]):
 
     def start_model(self) -> LanguageModel:
         """Return the model that reinforcement starts from: --model, or a tiny one after SFT in this run's folder."""
-        if self.model_path is not None:
-            return self.load(self.model_path)
-        return self.load(self.train_sft())
+        return self.load(self.whole_model(self.train_sft() if self.model_path is None else self.model_path))
+
+    def whole_model(self, path: str | Path) -> str | Path:
+        """Return a path with whole weights: an adapter is merged into its base once, in this run's folder `start`.
+
+        The next adapter and the reference model name the folder that they build on; the adapter's own base lacks what it
+        has learned.
+        """
+        if not (Path(path) / "adapter_config.json").exists():
+            return path
+        folder = self.folder / "start"
+        with main_first():
+            if not folder.exists():
+                lm, part = self.load(path), folder.with_name("start.part")
+                lm.model.save_pretrained(part)
+                lm.tokenizer.save_pretrained(part)
+                part.rename(folder)
+        return folder
 
     def train_sft(self) -> Path:
         """Train the base model on the rationales, in this run's folder, and return the finished model's folder."""
