@@ -3,9 +3,9 @@
     z_c = SASRec: [e_c * h, h], h = state after the last line          HSTU: [e_c * y_c, y_c], y_c = state of candidate c, put
     score_c = w x_c + MLP([x_c, z_c])                                   behind the lines at the time of the cut-off
 
-x = the standardised dense features of the candidates (`facts`; none for an ablation), e = rows of the item table, which lines
-and candidates share. The loss is `retail_model.list_loss`. As there, single numbers of the rows are dropped in training, and
-the lists are those of `retail_snapshots`; sequences are jagged from file to score.
+x = the standardised dense features of the candidates, e = rows of the item table, which lines and candidates share; either x or
+z may be left out for an ablation. The loss is `retail_model.list_loss`. As there, single numbers of the rows are dropped in
+training, and the lists are those of `retail_snapshots`; sequences are jagged from file to score.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recis.embedding import EmbeddingCollection, TableConfig
+from recis.errors import ConfigError
 from recis.models.hstu import Hstu, HstuEncoder
 from recis.models.layers import MLP
 from recis.models.next_item import batch_times
@@ -110,10 +111,18 @@ class SequenceRankerConfig:
     num_facts: int
     use_facts: bool = True
     """Whether scores read the dense features; False leaves ids and times alone."""
+    use_lines: bool = True
+    """Whether scores read ids and lines; False leaves the dense features alone."""
     hidden: tuple[int, ...] = (96, 48)
     dropout: float = 0.1
     id_dropout: float = 0.3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.use_facts or self.use_lines):
+            raise ConfigError(
+                "a ranker without dense features and without lines has nothing to score by; leave one of them"
+            )
 
     def build(self) -> nn.Module:
         """Return the model with fresh weights."""
@@ -129,11 +138,11 @@ class SequenceRanker(nn.Module):
     def __init__(self, config: SequenceRankerConfig) -> None:
         super().__init__()
         self.config = config
-        self.rows = EmbeddingCollection(config.tables, seed=config.seed)
-        dim = self.rows.embedding_dims["candidates"]
+        self.rows = EmbeddingCollection(config.tables, seed=config.seed) if config.use_lines else None
+        dim = 0 if self.rows is None else self.rows.embedding_dims["candidates"]
         self.register_buffer("mean", torch.tensor(config.mean))
         self.register_buffer("std", torch.tensor(config.std))
-        self.reader = config.reader.build(dim)
+        self.reader = None if self.rows is None else config.reader.build(dim)
         width = len(config.mean) if config.use_facts else 0
         self.mlp = MLP(width + 2 * dim, config.hidden, out_width=1, activation=nn.SiLU, dropout=config.dropout)
         self.linear = nn.Linear(width, 1) if config.use_facts else None
@@ -142,11 +151,11 @@ class SequenceRanker(nn.Module):
         self.drop = nn.Dropout(config.id_dropout)
 
     def forward(self, batch: "Batch") -> Tensor:
-        ids = self._ids(batch)
         if self.linear is None:
-            return self.mlp(ids).squeeze(2)
+            return self.mlp(self._ids(batch)).squeeze(2)
         dense = self._dense(batch)
-        return (self.linear(dense) + self.mlp(torch.cat([dense, ids], dim=2))).squeeze(2)
+        inputs = dense if self.rows is None else torch.cat([dense, self._ids(batch)], dim=2)
+        return (self.linear(dense) + self.mlp(inputs)).squeeze(2)
 
     def _dense(self, batch: "Batch") -> Tensor:
         """Return [B, C, K], standardised."""
@@ -157,6 +166,8 @@ class SequenceRanker(nn.Module):
 
     def _ids(self, batch: "Batch") -> Tensor:
         """Return [B, C, 2 D]: candidate times state, and state."""
+        assert self.rows is not None
+        assert self.reader is not None
         found, config = self.rows(batch.sparse), self.config
         items, now = found["items"], batch.extras["now"]
         assert isinstance(now, Tensor)

@@ -4,14 +4,14 @@
 
 Split, customers, candidates, dense features, loss and metrics are those of `online_retail`; instead of attention over distinct
 items, an encoder reads all lines before the cut-off in the order of time (`retail_readers`). `--set facts=false` leaves the
-dense features out: what ids and times alone can tell. `after` prints the baselines beside and trains the final model in
-`final/`, which answers `recis recommend`.
+dense features out: what ids and times alone can tell; `--set lines=false` leaves ids and lines out instead. `after` prints
+the baselines beside and trains the final model in `final/`, which answers `recis recommend`.
 """
 
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +71,14 @@ HSTU = CandidateStates(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What scores read: dense features, ids and lines."""
+
+    facts: bool
+    lines: bool
+
+
 def retail_sasrec(
     *,
     data: str | None,
@@ -78,6 +86,7 @@ def retail_sasrec(
     hide_weeks: int = 0,
     num_cutoffs: int | None = None,
     facts: bool = True,
+    lines: bool = True,
     final: bool = True,
     epochs: int = EPOCHS,
     seed: int = 0,
@@ -87,10 +96,12 @@ def retail_sasrec(
     Args:
         data, out, hide_weeks, num_cutoffs, final, seed: see `online_retail`.
         facts: whether scores read the dense features.
+        lines: whether scores read ids and lines.
         epochs: passes over the lists.
     """
     prepared = _prepare(data, out, hide_weeks, num_cutoffs)
-    return _run("retail_sasrec", SASREC, prepared, out, facts=facts, final=final, epochs=epochs, seed=seed)
+    reads = Reads(facts=facts, lines=lines)
+    return _run("retail_sasrec", SASREC, prepared, out, reads=reads, final=final, epochs=epochs, seed=seed)
 
 
 def retail_hstu(
@@ -100,13 +111,15 @@ def retail_hstu(
     hide_weeks: int = 0,
     num_cutoffs: int | None = None,
     facts: bool = True,
+    lines: bool = True,
     final: bool = True,
     epochs: int = EPOCHS,
     seed: int = 0,
 ) -> TrainConfig:
     """Return the run whose lines are read by HSTU; as retail_sasrec."""
     prepared = _prepare(data, out, hide_weeks, num_cutoffs)
-    return _run("retail_hstu", HSTU, prepared, out, facts=facts, final=final, epochs=epochs, seed=seed)
+    reads = Reads(facts=facts, lines=lines)
+    return _run("retail_hstu", HSTU, prepared, out, reads=reads, final=final, epochs=epochs, seed=seed)
 
 
 def _prepare(data: str | None, out: Path, hide_weeks: int, num_cutoffs: int | None) -> Prepared:
@@ -127,16 +140,16 @@ def _run(
     prepared: Prepared,
     out: Path,
     *,
-    facts: bool,
+    reads: Reads,
     final: bool,
     epochs: int,
     seed: int,
 ) -> TrainConfig:
-    make = partial(make_config, prepared, reader, out / LINES, facts=facts, epochs=epochs, seed=seed)
+    make = partial(make_config, prepared, reader, out / LINES, reads=reads, epochs=epochs, seed=seed)
     return replace(
         make(prepared.split - WINDOW_DAYS, name=name),
         evaluate=partial(validate, folder=out),
-        after=partial(compare_and_finish, folder=out, reader=reader, facts=facts, final=final, epochs=epochs),
+        after=partial(compare_and_finish, folder=out, reader=reader, reads=reads, final=final, epochs=epochs),
     )
 
 
@@ -147,7 +160,7 @@ def make_config(
     latest: float,
     *,
     name: str,
-    facts: bool,
+    reads: Reads,
     epochs: int,
     seed: int,
 ) -> TrainConfig:
@@ -171,7 +184,8 @@ def make_config(
             mean=prepared.mean,
             std=prepared.std,
             num_facts=len(FACTS),
-            use_facts=facts,
+            use_facts=reads.facts,
+            use_lines=reads.lines,
             seed=seed,
         ),
         train_data=replace(
@@ -219,7 +233,7 @@ def validate(trainer: Trainer, *, folder: Path) -> dict[str, float]:
 
 
 def compare_and_finish(
-    trainer: Trainer, out: Path | None, *, folder: Path, reader: ReaderConfig, facts: bool, final: bool, epochs: int
+    trainer: Trainer, out: Path | None, *, folder: Path, reader: ReaderConfig, reads: Reads, final: bool, epochs: int
 ) -> None:
     """Print the model beside the baselines, then train the final model in `out/final`."""
     prepared = kept_snapshots(folder / SNAPSHOTS)
@@ -233,7 +247,7 @@ def compare_and_finish(
             folder / LINES,
             prepared.split,
             name=f"{trainer.config.name}_final",
-            facts=facts,
+            reads=reads,
             epochs=epochs,
             seed=trainer.config.seed,
         )

@@ -1,5 +1,6 @@
 """The next-item recipes on a small purchase log: what lines are read, both readers train, the command recommends."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import pairwise
 
@@ -7,10 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from recis.cli import main
+from recis.errors import ConfigError
+from recis.recipes.online_retail import kept_snapshots
 from recis.recipes.retail_lines import latest_lines
 from recis.recipes.retail_log import clean
+from recis.recipes.retail_sequence import retail_sasrec, scores_of
+from recis.trainer import Trainer
 
 START = datetime(2011, 1, 1)
 
@@ -60,3 +66,37 @@ def test_train_recommend_and_no_look_ahead(name, tmp_path):
     rows = pq.read_table(out).to_pylist()
     assert [row["CustomerID"] for row in rows] == [12003] * 5 + [99] * 5
     assert [row["unknown_customer"] for row in rows] == [False] * 5 + [True] * 5
+
+
+def test_each_half_of_the_ranker_scores_alone(tmp_path):
+    """Without lines the scores change with the dense features alone, without facts with the lines alone."""
+    data = tmp_path / "transactions.parquet"
+    pq.write_table(small_log(), data)
+    moved = {}
+    for left_out in ("facts", "lines"):
+        config = retail_sasrec(data=str(data), out=tmp_path / "run", num_cutoffs=1, epochs=1, **{left_out: False})
+        prepared = kept_snapshots(tmp_path / "run" / "snapshots")
+        trainer = Trainer(replace(config, evaluate=None, after=None), quiet=True)
+        trainer.train()
+        assert (len(trainer.tables) == 0) is (left_out == "lines")
+        file = tmp_path / "run" / "lines" / prepared.validation_file.name
+        plain, table = scores_of(trainer, prepared, file), pq.read_table(file)
+        for column, values in (
+            ("facts", [[value + 1.0 for value in row] for row in table["facts"].to_pylist()]),
+            ("items", [row[::-1] for row in table["items"].to_pylist()]),
+        ):
+            at = table.column_names.index(column)
+            pq.write_table(
+                table.set_column(at, column, pa.array(values, table.schema.field(column).type)),
+                tmp_path / "changed.parquet",
+            )
+            changed = scores_of(trainer, prepared, tmp_path / "changed.parquet")
+            moved[left_out, column] = not torch.equal(plain, changed)
+    assert moved == {
+        ("facts", "facts"): False,
+        ("facts", "items"): True,
+        ("lines", "facts"): True,
+        ("lines", "items"): False,
+    }
+    with pytest.raises(ConfigError, match="nothing to score by"):
+        retail_sasrec(data=str(data), out=tmp_path / "run", num_cutoffs=1, facts=False, lines=False)
