@@ -18,6 +18,7 @@ from typing import Any
 from recis.errors import ConfigError, RecisError
 
 OK, FAILED, USAGE, PARTLY = 0, 1, 2, 3
+SPLITS = ("train", "dev", "test")
 NAMES = ("sft", "dpo", "grpo", "taosr1", "agrl", "she", "dyknow")
 
 
@@ -99,6 +100,10 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if (args.model is None) == (args.ebrm is None):
+        raise ConfigError("eval measures one thing: give --model, or --ebrm with the folder of an EBRM")
+    if args.ebrm is not None:
+        return _eval_ebrm(args)
     from relevance.judge import judge
     from relevance.serve import Scorer
 
@@ -115,6 +120,24 @@ def _eval(args: argparse.Namespace) -> int:
             print(f"{name:<24}{value:>12.4f}" + ("" if low is None else f"   95 % {low:.4f} to {high:.4f}"))
     for name, numbers in report["slices"].items():
         print(f"{name:<24}" + "".join(f"  {key} {value:.4g}" for key, value in numbers.items()))
+    return OK
+
+
+def _eval_ebrm(args: argparse.Namespace) -> int:
+    """Print how often an EBRM's verdicts are the gold steps."""
+    from relevance.ebrm_verifier import agreement_report
+    from relevance.files import read_pairs
+
+    if args.data is None:
+        raise ConfigError("--ebrm needs --data: pairs with gold steps, as `relevance data` writes them")
+    pairs = [pair for pair in read_pairs(args.data) if pair.split == args.part][: args.limit]
+    report = agreement_report(args.ebrm, pairs)
+    if args.json:
+        _print_json(report)
+        return OK
+    print(f"EBRM {report['model']} against gold steps, {report['num_pairs']} pairs, part {args.part}")
+    for name, numbers in report["slices"].items():
+        print(f"{name:<14}" + "".join(f"  {key} {value:.4g}" for key, value in numbers.items()))
     return OK
 
 
@@ -139,7 +162,8 @@ def _export(args: argparse.Namespace) -> int:
     from relevance.serve import Scorer
 
     _quiet_libraries()
-    count = export(Scorer.load(args.model), read_pairs(args.source), args.out, allow_leak=args.allow_leak)
+    pairs = [pair for pair in read_pairs(args.source) if pair.split in args.part]
+    count = export(Scorer.load(args.model), pairs, args.out, allow_leak=args.allow_leak)
     print(f"{count:,} rows: {args.out}")
     return OK
 
@@ -147,6 +171,8 @@ def _export(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace) -> int:
     from relevance.files import write_rows
 
+    if args.for_ebrm and args.offers is not None:
+        raise ConfigError("--for-ebrm is for the generated catalogue: `recis ebrm train --data` reads --offers itself")
     if args.offers is not None:
         from relevance.pricerunner import read_pricerunner
 
@@ -160,6 +186,11 @@ def _data(args: argparse.Namespace) -> int:
 
         config = override(CatalogConfig(with_chunks=args.chunks, omit_rate=0.3 * args.chunks), args.set)
         catalog = make_catalog(config)
+        if args.for_ebrm:
+            from relevance.ebrm_verifier import write_ebrm_folder
+
+            print(f"for recis ebrm train: {write_ebrm_folder(args.out, catalog.train, catalog.dev)}")
+            return OK
         pairs = [*catalog.train, *catalog.dev, *catalog.test]
     digest = write_rows(args.out, pairs)
     print(f"{len(pairs):,} pairs: {args.out}\nsha256 {digest}")
@@ -242,9 +273,10 @@ def _add_asking(commands: Any) -> None:
     score.add_argument("--chunk", choices=("auto", "none"), default="auto", help="show chunks (default: as trained)")
     score.add_argument("--rules", help="catalog, none, or module:attribute (default: as trained)")
     evaluate = _add(commands, "eval", _eval, "measure a model on labelled pairs")
-    evaluate.add_argument("--model", required=True, help="folder `final` of a run, or any causal language model")
+    evaluate.add_argument("--model", help="folder `final` of a run, or any causal language model")
+    evaluate.add_argument("--ebrm", type=Path, help="instead: hold this EBRM's verdicts against gold steps of --data")
     evaluate.add_argument("--data", help="labelled pairs (default: the generated catalogue the model was trained with)")
-    evaluate.add_argument("--part", choices=("train", "dev", "test"), default="test", help="part of the catalogue")
+    evaluate.add_argument("--part", choices=SPLITS, default="test", help="part of the catalogue")
     evaluate.add_argument("--limit", type=int, default=None, help="measure the first pairs only")
     evaluate.add_argument("--texts", type=int, default=200, help="pairs answered in full (default: %(default)s)")
     evaluate.add_argument(
@@ -256,6 +288,9 @@ def _add_asking(commands: Any) -> None:
     export.add_argument("--model", required=True, help="folder `final` of a run")
     export.add_argument("--in", dest="source", type=Path, required=True, help="pairs as .jsonl or .parquet")
     export.add_argument("--out", type=Path, required=True, help="columns as .parquet")
+    export.add_argument(
+        "--part", nargs="+", choices=SPLITS, default=list(SPLITS), help="pairs of these parts only (default: all)"
+    )
     export.add_argument("--allow-leak", action="store_true", help="also for queries that the model was trained on")
 
 
@@ -264,6 +299,7 @@ def _add_running(commands: Any) -> None:
     data.add_argument("--out", type=Path, required=True, help="pairs as .jsonl or .parquet")
     data.add_argument("--offers", type=Path, help="PriceRunner's offers.parquet instead of the generated catalogue")
     data.add_argument("--queries", type=int, help="queries of each part of the offers (default: the whole task)")
+    data.add_argument("--for-ebrm", action="store_true", help="write --out as a folder that `recis ebrm train` reads")
     data.add_argument("--chunks", action="store_true", help="give every pair a chunk, and leave facts out of titles")
     data.add_argument("--set", action="append", default=[], metavar="A=B", help="set a field of the catalogue's config")
     curves = _add(commands, "curves", _curves, "write the page with a run's training curves")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recis.errors import ConfigError, DataError
 from relevance.catalog import to_ebrm
-from relevance.data import Pair
+from relevance.data import FAMILIES, Pair
 from relevance.labels import Parsed, Profile
 
 if TYPE_CHECKING:
@@ -129,6 +129,34 @@ def agreement(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> dict[str, float]
         right["constraints"] += sum(name in gold for name in said.attributes)
     shares = {name: right[name] / counts[name] if counts[name] else NAN for name in counts}
     return shares | {f"num_{name}": float(count) for name, count in counts.items()}
+
+
+def agreement_report(folder: str | Path, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return the agreement of a trained EBRM with the gold steps of pairs: "all", and by family.
+
+    Also "judged", the share of pairs with gold steps on which it gives verdicts at all, and "always_match", what the
+    constant verdict match would get right of the categories.
+
+    Raises:
+        ConfigError: see `load_verifier`.
+        DataError: no pair has gold steps.
+    """
+    known = [pair for pair in pairs if pair.steps is not None]
+    if not known:
+        raise DataError("no pair has gold steps", column="steps", option="give pairs with steps, or another part")
+    verifier = load_verifier(folder, known)
+    slices = {"all": known} | {name: [pair for pair in known if pair.family == name] for name in FAMILIES}
+    found = {}
+    for name, part in slices.items():
+        if part:
+            judged = sum(verifier.verdicts(pair) is not None for pair in part)
+            constant = sum(pair.steps is not None and pair.steps.category == "match" for pair in part)
+            found[name] = {
+                **agreement(verifier, part),
+                "judged": judged / len(part),
+                "always_match": constant / len(part),
+            }
+    return {"model": verifier.model.version, "num_pairs": len(known), "slices": found}
 
 
 def load_verifier(folder: str | Path, pairs: Sequence[Pair]) -> EbrmVerifier:
