@@ -1,6 +1,6 @@
 """Two gloo ranks that train static tables of TorchRec beside dynamic ones, with and without its pipeline.
 
-    python torchrec_job.py FOLDER     writes plain-0.pt, plain-1.pt, pipeline-0.pt, ... and a checkpoint into FOLDER
+    python torchrec_job.py FOLDER     writes plain-0.pt, plain-1.pt, pipeline-0.pt, ... and a checkpoint into it
 
 One process imports everything, then forks the ranks: an import of TorchRec takes seconds.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -30,10 +31,10 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad as FusedRowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecKeyed
 
 from recis.checkpoint import Boundary, Saver
-from recis.embedding import EmbeddingBagCollection, Feature, LruCapacity, TableConfig
+from recis.embedding import EmbeddingBagCollection, EmbeddingCollection, Feature, LruCapacity, TableConfig
 from recis.errors import ConfigError
 from recis.jagged import KeyedJaggedTensor
-from recis.optim import Adam, RowWiseAdagrad, SparseOptimizer
+from recis.optim import Adam, RowWiseAdagrad, Sgd, SparseOptimizer
 from recis.torchrec import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection, fill_shards, to_torchrec
 
 WORLD_SIZE, NUM_STEPS, BATCH, LR = 2, 5, 6, 0.1
@@ -65,13 +66,14 @@ def static_tables(device: str) -> StaticTables:
         EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=4, feature_names=[name], init_fn=first_weights)
         for name, rows in STATIC_ROWS.items()
     ]
-    return StaticTables(configs, device=torch.device(device))
+    return StaticTables(configs, is_weighted=True, device=torch.device(device))
 
 
 def batch(step: int, rank: int) -> TorchRecKeyed:
     """Return a rank's batch of a step; many ids of the dynamic tables are on both ranks, some features are empty."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     lengths = torch.randint(0, 4, (len(KEYS), BATCH), generator=generator)
+    weights = torch.rand(int(lengths.sum()), generator=generator) + 0.5
     values = []
     for number, key in enumerate(KEYS):
         count = int(lengths[number].sum())
@@ -79,7 +81,7 @@ def batch(step: int, rank: int) -> TorchRecKeyed:
             values.append(torch.randint(0, STATIC_ROWS[key], (count,), generator=generator))
         else:
             values.append(torch.randint(-7, 7, (count,), generator=generator) * 2**40)
-    return TorchRecKeyed(keys=list(KEYS), values=torch.cat(values), lengths=lengths.flatten())
+    return TorchRecKeyed(keys=list(KEYS), values=torch.cat(values), lengths=lengths.flatten(), weights=weights)
 
 
 class Model(nn.Module):
@@ -102,7 +104,7 @@ def planned(model: nn.Module, constraints: dict[str, ParameterConstraints]) -> D
     """Return the model under DMP, its static tables placed by TorchRec's planner."""
     topology = Topology(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE, compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
+    sharders: list[Any] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
     assert dist.group.WORLD is not None
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     return DistributedModelParallel(model, plan=plan, sharders=sharders)
@@ -140,14 +142,16 @@ def _note(events: list[str], pooled: Any, optimizer: Any) -> None:
     pooled.input_dist, optimizer.step = noted_ask, noted_step
 
 
-def train(rank: int, *, pipelined: bool) -> tuple[DistributedModelParallel, dict[str, Any]]:
-    """Train NUM_STEPS steps; return the model and what came of it."""
+def train(rank: int, *, kind: str) -> tuple[DistributedModelParallel, dict[str, Any]]:
+    """Train NUM_STEPS steps, kind "plain", "pipeline", or "freed" (a pipeline that frees batches early)."""
     events: list[str] = []
     dmp, optimizer = build(events)
     scores, names = [], []
     batches: Iterator[TorchRecKeyed] = iter([batch(step, rank) for step in range(NUM_STEPS)])
-    if pipelined:
-        pipeline = TrainPipelineSparseDist(dmp, optimizer, torch.device("cpu"))
+    if kind != "plain":
+        pipeline = TrainPipelineSparseDist(
+            dmp, optimizer, torch.device("cpu"), free_features_storage_early=kind == "freed"
+        )
         scores += [pipeline.progress(batches).detach().clone() for _ in range(NUM_STEPS)]
         forwards: list[Any] = [module.forward for module in pipeline._pipelined_modules]
         names = [forward.name for forward in forwards]
@@ -261,14 +265,18 @@ def train_exported(rank: int) -> dict[str, Any]:
     return {"outputs": outputs, "pipelined": [forward.name for forward in forwards], "shards": shards}
 
 
-def refusals(rank: int) -> list[str]:
+def refusals() -> list[str]:
     """Return what fill_shards says to models that cannot take the state over."""
     said = []
-    fused = [EmbeddingComputeKernel.FUSED.value]
-    for kind, sharding in ((torch.optim.SGD, ShardingType.TABLE_WISE), (FusedRowWiseAdagrad, ShardingType.COLUMN_WISE)):
+    fused, dense = [EmbeddingComputeKernel.FUSED.value], [EmbeddingComputeKernel.DENSE.value]
+    for kind, sharding, kernels in (
+        (torch.optim.SGD, ShardingType.TABLE_WISE, fused),
+        (FusedRowWiseAdagrad, ShardingType.COLUMN_WISE, fused),
+        (FusedRowWiseAdagrad, ShardingType.DATA_PARALLEL, dense),
+    ):
         model = Ranker(to_torchrec(wide_collection()))
         apply_optimizer_in_backward(kind, model.tables.embeddings.parameters(), {"lr": LR})  # pyright: ignore
-        constraint = ParameterConstraints(sharding_types=[sharding.value], compute_kernels=fused, min_partition=4)
+        constraint = ParameterConstraints(sharding_types=[sharding.value], compute_kernels=kernels, min_partition=4)
         dmp = planned(model, {"wide": constraint})
         try:
             fill_shards(dmp, to_torchrec(wide_collection()))
@@ -276,7 +284,29 @@ def refusals(rank: int) -> list[str]:
         except ConfigError as error:
             said.append(str(error))
         fill_shards(dmp, to_torchrec(wide_collection()), states=False)
+        ids = KeyedJaggedTensor.from_lists({"wide": [[1], [3, 4]]}).to_torchrec()
+        torch.testing.assert_close(dmp(ids)[1].detach(), to_torchrec(wide_collection())(ids).values().detach())
     return said
+
+
+def unpooled() -> Tensor:
+    """Return the vectors that a sharded export of an EmbeddingCollection gives, filled with another's rows."""
+    exports = []
+    for seed in (8, 9):
+        config = TableConfig(name="path", features=("path",), embedding_dim=4, optimizer=Sgd(lr=LR))
+        collection = EmbeddingCollection([config], seed=seed)
+        collection(KeyedJaggedTensor.from_lists({"path": [[1, 2, 3]]}))
+        collection.end_step(1)
+        exports.append(to_torchrec(collection))
+    apply_optimizer_in_backward(torch.optim.SGD, exports[0].embeddings.parameters(), {"lr": LR})
+    fused = [EmbeddingComputeKernel.FUSED.value]
+    constraint = ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=fused)
+    dmp = planned(exports[0], {"path": constraint})
+    fill_shards(dmp, exports[1])
+    ids = KeyedJaggedTensor.from_lists({"path": [[1, 4], [3]]}).to_torchrec()
+    want = exports[1](ids)["path"].values().detach()
+    torch.testing.assert_close(dmp(ids)["path"].values().detach(), want)
+    return want
 
 
 def wide_collection() -> EmbeddingBagCollection:
@@ -291,14 +321,15 @@ def wide_collection() -> EmbeddingBagCollection:
 def rank_main(rank: int, folder: Path) -> None:
     """Be one rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD_SIZE)
-    for kind in ("plain", "pipeline"):
-        dmp, results = train(rank, pipelined=kind == "pipeline")
+    for kind in ("plain", "pipeline", "freed"):
+        dmp, results = train(rank, kind=kind)
         if kind == "plain":
             save(dmp, folder)
             results["forgot"] = forgets_to_step(dmp, rank)
         torch.save(results, folder / f"{kind}-{rank}.pt")
         del dmp
-    torch.save(train_exported(rank) | {"refusals": refusals(rank)}, folder / f"exported-{rank}.pt")
+    results = train_exported(rank) | {"refusals": refusals(), "unpooled": unpooled()}
+    torch.save(results, folder / f"exported-{rank}.pt")
     dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

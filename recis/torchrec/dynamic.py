@@ -12,7 +12,6 @@ all ranks call at the same time. DistributedModelParallel.fused_optimizer holds 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -92,11 +91,8 @@ class _Ids(Awaitable[Any]):
         return _Ids(self._request, started=True)
 
 
-@dataclass
 class DynamicContext(Multistreamable):
-    """What compute leaves for output_dist: the request that the answers belong to."""
-
-    sharding_contexts: list[Any] = field(default_factory=list)
+    """What TorchRec carries from stage to stage of a lookup; ours need nothing beside what they hand on."""
 
     def record_stream(self, stream: Any) -> None:
         """Nothing is on a stream."""
@@ -160,6 +156,9 @@ class _DynamicCollection(ShardedModule[Any, Any, Any, DynamicContext], FusedOpti
             self._optimizer = RowsOptimizer(table_set, accumulate_steps)
             features = list(table_set.features) if features is None else features
         self.rows = self._inner_type(table_set, features=features)
+        # Set by a pipeline that frees a batch once its ids are under way. Pooling still needs bags and weights, and memory that
+        # our loops have looked into cannot be freed: then this module works on copies.
+        self._free_features_storage_early = False
         for name, feature in self.rows.features.items():
             if isinstance(feature.pooling, Tile):
                 raise ConfigError(
@@ -201,6 +200,10 @@ class _DynamicCollection(ShardedModule[Any, Any, Any, DynamicContext], FusedOpti
         batch = KeyedJaggedTensor.from_torchrec(features)
         if batch.values.dtype != torch.int64:
             raise ValueError(f"ids must be int64; the batch has {batch.values.dtype}: hash or cast them to int64")
+        if self._free_features_storage_early:
+            weights = None if batch.weights is None else batch.weights.clone()
+            values, lengths = batch.values.clone(), batch.lengths.clone()
+            batch = KeyedJaggedTensor(batch.keys, values, lengths, weights=weights, stride=batch.stride)
         parts = []
         for plan in self.rows._plan(batch.keys):
             part = plan.part_of(batch)

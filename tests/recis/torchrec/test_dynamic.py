@@ -47,8 +47,10 @@ def results(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{kind}-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def test_pipeline_changes_no_bit(folder):
-    for plain, pipelined in zip(results(folder, "plain"), results(folder, "pipeline"), strict=True):
+@pytest.mark.parametrize("kind", ["pipeline", "freed"])
+def test_pipeline_changes_no_bit(folder, kind):
+    """Also where it frees a batch as soon as its ids are under way."""
+    for plain, pipelined in zip(results(folder, "plain"), results(folder, kind), strict=True):
         assert pipelined["pipelined"] == ["pooled", "single", "static"]
         for one, other in zip(plain["scores"], pipelined["scores"], strict=True):
             assert torch.equal(one, other)
@@ -175,11 +177,18 @@ def test_an_export_trains_on_in_shards(folder, job):
         torch.testing.assert_close(shards[f"{name}.momentum1"], summed, rtol=1e-5, atol=1e-6)
 
 
+def test_unpooled_shards_are_filled_too(folder):
+    """The job compares both; here that it has looked at rows that are not zero and one id outside the vocabulary."""
+    for result in results(folder, "exported"):
+        assert result["unpooled"].any(dim=1).tolist() == [True, False, True]
+
+
 def test_shards_that_cannot_take_the_state_are_named(folder):
     for result in results(folder, "exported"):
-        none, cut = result["refusals"]
+        none, cut, copied = result["refusals"]
         assert "table 'wide': its rows carry ['h'], the model's optimizer keeps none" in none
         assert "table 'wide' is cut by columns in the model" in cut
+        assert "table 'wide' is data-parallel in the model" in copied
 
 
 # ---- alone
@@ -216,6 +225,10 @@ def test_alone_equals_our_collection(weights):
         dynamic.fused_optimizer.step()
     one, other = plain.table_set["item"].export(), dynamic.table_set["item"].export()
     assert all(torch.equal(values, other[field]) for field, values in one.items())
+    dynamic.eval()
+    unknown = KeyedJaggedTensor.from_lists({"item": [[77], [-5]], "seen": [[78], []]})
+    assert dynamic(unknown.to_torchrec()).values()[0].tolist() == [0.0] * 6
+    assert len(dynamic.table_set["item"]) == len(one["ids"])
 
 
 def test_unpooled_vectors_come_as_jagged_tensors_of_torchrec():
@@ -253,6 +266,20 @@ def test_learning_rates_are_param_groups_of_their_tables():
     group["lr"] = 0.0
     dynamic.fused_optimizer.step()
     assert torch.equal(dynamic(batch().to_torchrec()).values().detach(), before)
+
+
+def test_a_group_that_cannot_move_cpu_tensors_is_named():
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from recis.torchrec import DynamicEmbeddingBagCollection
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ConfigError, match=r"process_group is of backend 'fake'.*new_group\(backend='gloo'\)"):
+            DynamicEmbeddingBagCollection(configs(), seed=1)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bad_input_is_named():

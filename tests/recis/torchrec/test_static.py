@@ -218,6 +218,23 @@ def test_learning_rate_and_gradients_of_weights(optimizer):
         static.set_lr("itm", 0.1)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "h"), [(RowWiseAdagrad(lr=0.1), 1.0 + 1.0), (Adam(lr=0.1), None)], ids=["fused", "Adam"]
+)
+def test_two_lookups_before_a_backward(optimizer, h):
+    """FBGEMM updates once per lookup (h = 1 + 1), Adam here once for both (v of a gradient of 2)."""
+    from recis.torchrec import StaticEmbeddingBagCollection
+
+    config = TableConfig(name="t", features=("f",), embedding_dim=4, optimizer=optimizer)
+    static = StaticEmbeddingBagCollection([config], {"t": torch.tensor([1])}, seed=1)
+    ids = KeyedJaggedTensor.from_lists({"f": [[1]]})
+    (static(ids)["f"] + static(ids)["f"]).sum().backward()
+    if h is None:
+        assert static.export("t")["state.v"][0, 0].item() == pytest.approx(0.001 * 2**2)
+    else:
+        assert static.export("t")["state.h"].item() == pytest.approx(h)
+
+
 def test_fbgemm_has_no_adam_on_the_cpu():
     """Why Adam runs in the dense form: neither the constructor nor the library has it."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
