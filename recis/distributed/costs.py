@@ -26,7 +26,6 @@ FORMAT, VERSION = "recis-costs", 1
 # op -> what an item is, and which bytes move
 OPS: Mapping[str, tuple[str, str]] = {
     "dedup": ("position", "none"),
-    "deal": ("pair asked for", "none"),
     "lookup": ("pair received", "float32 row of each"),
     "insert": ("new row", "row with state"),
     "pool": ("position", "float32 row of each, forward and backward"),

@@ -2,7 +2,7 @@
 
     rows      rows x row bytes of the fullest rank's share, its index, lists and sightings
     dense     parameters: weights, gradients and the optimizer's state, and four flat copies in which gradients travel
-    exchange  what a lookup holds until the step ends: rows as they came, as pooling reads them, and on their way out
+    exchange  what a lookup holds until the step ends: rows and sums of gradients, of its own ids and of those it serves
     program   what the process holds before any of it
 
 Rows when training ends are extrapolated from a sample by distinct(n) ~ n^b, b from its second half (Heaps' law), unless the
@@ -22,7 +22,6 @@ from recis.distributed.shape import ModelShape, TableShape, index_bytes, owners_
 from recis.distributed.simulate import Simulation
 from recis.errors import ConfigError
 from recis_kernels.ids_partition import NUM_SLICES
-from recis_kernels.row_blocks import RowLayout
 
 GIGA = 1e9
 _FLAT_COPIES = 4
@@ -257,20 +256,20 @@ def _exchange_lines(simulation: Simulation) -> list[Line]:
         return []
     for number, volumes in enumerate(simulation.most_of_lookups):
         dim, tables = shape.dim_of(number), len(shape.tables_of(number))
-        asked, served = volumes["asked"], volumes["received"]
-        row, pooled = _FLOAT_BYTES * dim, RowLayout(dim).row_bytes
-        out, back = shape.row_item(number) * dim, shape.rows_item * dim
-        # where rows travel narrower than float32, both forms are held
-        per_asked = row + (out if out != row else 0) + pooled + row + (back if back != row else 0)
-        per_served = row + (out if out != row else 0) + row + (back if back != row else 0)
+        asked, served = volumes["asked"], volumes["served"]
+        row = _FLOAT_BYTES * dim
+        narrow = sum(item * dim for item in (shape.row_item(number), shape.rows_item) if item != _FLOAT_BYTES)
+        kept = (asked + served) * 2 * row  # rows and the sums of their gradients
+        room, travel = kept // 4, (asked + served) * narrow
         ids, counts = 2 * _PAIR_BYTES * (asked + served), 8 * tables * ranks**2
         found.append(
             Line(
                 name=f"exchange of lookup {number}",
-                num_bytes=asked * per_asked + served * per_served + ids + counts,
+                num_bytes=kept + room + travel + ids + counts,
                 text=(
-                    f"{asked:,} ids asked x {per_asked} B (row, {pooled} B as pooling reads it, gradient) + {served:,} served "
-                    f"x {per_served} B + ids {ids:,} B + numbers {ranks:,}^2 x {tables} x 8 = {counts:,} B"
+                    f"({asked:,} ids asked + {served:,} served to others) x 2 x {row} B (row, gradient) + a quarter spare"
+                    f"{f' + {travel:,} B as they travel' if travel else ''} + ids {ids:,} B + numbers {ranks:,}^2 x {tables} "
+                    f"x 8 = {counts:,} B"
                 ),
             )
         )
@@ -323,6 +322,8 @@ def lines(plan: Plan) -> Iterator[str]:
     for name, (seconds, mean, _) in result.plain.phases.items():
         moved = f"{mean:,.0f} B sent" if mean else ""
         yield f"  {name:<28}{seconds * 1e3:>9,.3f} ms   {moved}"
+    if result.plain.hidden_s:
+        yield f"  {'beside the dense part':<28}{-result.plain.hidden_s * 1e3:>9,.3f} ms   numbers and ids of the next step"
     assert result.plain.step_s is not None
     assert result.costs is not None
     samples = plan.world_size * result.batch / result.plain.step_s

@@ -82,6 +82,7 @@ class ModelShape:
         optimizer_numbers: numbers that the dense optimizer keeps.
         dense_s: seconds of the dense part's forward, loss and backward: (fixed, per sample); zeros = not known.
         batch_size: samples of a step in the recipe; None = not known.
+        overlap: whether the next step's ids travel while the dense part computes.
     """
 
     tables: tuple[TableShape, ...]
@@ -92,6 +93,7 @@ class ModelShape:
     optimizer_numbers: int = 0
     dense_s: tuple[float, float] = (0.0, 0.0)
     batch_size: int | None = None
+    overlap: bool = True
 
     def table_of(self, feature: str) -> TableShape:
         """Return the table of a feature."""

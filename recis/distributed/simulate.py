@@ -16,7 +16,7 @@ import numpy as np
 from recis.distributed.costs import Costs
 from recis.distributed.replay import VOLUMES, Replay, ReplayedStep, Volumes
 from recis.distributed.shape import ModelShape
-from recis.distributed.step_time import Phase, phases_of_step
+from recis.distributed.step_time import Phase, hidden_s, phases_of_step
 from recis.distributed.trace import Trace
 from recis.errors import ConfigError
 
@@ -54,12 +54,14 @@ class Side:
         balance: name -> Balance, per rank and step.
         phases: phase -> (seconds, bytes that a rank sends: mean, most), in order.
         link_bytes: per rank and step, sent, all phases: Balance.
-        step_s: seconds of a step; None without costs.
+        hidden_s: seconds of the phases that pass while another computes.
+        step_s: seconds of a step, without these; None without costs.
     """
 
     balance: Mapping[str, Balance]
     phases: Mapping[str, tuple[float, float, float]]
     link_bytes: Balance
+    hidden_s: float
     step_s: float | None
 
 
@@ -77,7 +79,8 @@ class Simulation:
         parts_of_bytes: of the fullest rank at the end.
         positions, asked: ids and distinct ids of a rank in a step.
         asked_per_table: distinct ids of each table that a rank asks for in a step.
-        most_of_lookups: of each lookup, name of a volume -> the most that a rank had in a counted step.
+        most_of_lookups: of each lookup, name of a volume -> the most that a rank had in a counted step; "served": pairs
+            that other ranks asked it for.
     """
 
     shape: ModelShape
@@ -153,6 +156,7 @@ def simulate(
             for found, one in zip(most_of, step.plain, strict=True):
                 for name in VOLUMES:
                     found[name] = max(found.get(name, 0), int(getattr(one, name).max()))
+                found["served"] = max(found.get("served", 0), int((one.received - one.own).max()))
         if number == num_steps:
             break
     rows = replay.capped_rows()
@@ -236,11 +240,13 @@ class _Sums:
             name: (self._seconds[name] / count, float(sent.mean()) / count, float(sent.max()) / count)
             for name, sent in self._sent.items()
         }
-        step_s = sum(self._seconds.values()) / count if self._costs is not None else None
+        hidden = hidden_s(self._shape, {name: seconds / count for name, seconds in self._seconds.items()})
+        step_s = sum(self._seconds.values()) / count - hidden if self._costs is not None else None
         return Side(
             balance=balance,
             phases=phases,
             link_bytes=Balance(float(np.mean(link)), float(np.max(link))),
+            hidden_s=hidden,
             step_s=step_s,
         )
 
@@ -289,6 +295,7 @@ def metrics(result: Simulation) -> dict[str, float]:
             if side.step_s is not None:
                 found[f"{prefix}{_snake(name)}_s"] = seconds
         if side.step_s is not None:
+            found[f"{prefix}hidden_s"] = side.hidden_s
             found[f"{prefix}step_s"] = side.step_s
     if result.hot is not None:
         found["hot_pairs"] = int(result.hot_per_table.sum())
@@ -339,6 +346,8 @@ def _side_lines(side: Side) -> Iterator[str]:
         shown = "" if side.step_s is None else _ms(seconds)
         yield f"  {name:<26}{mean:>14,.0f}{most:>14,.0f}{shown:>11}"
     if side.step_s is not None:
+        if side.hidden_s:
+            yield f"  {'beside the dense part':<54}{_ms(-side.hidden_s):>11}"
         yield f"  {'step':<54}{_ms(side.step_s):>11}"
 
 

@@ -5,11 +5,12 @@
     sums of gradients, gradients, update at owners                       of each lookup
     copies of hot ids: their gradients are all-reduced and every rank updates them
 
-An exchange waits for all, so phases are added and ranks are not: no phase overlaps another. Each rank has a core of its own
-unless `cores` says that all of them share so many.
+An exchange waits for all, so phases are added and ranks are not. With overlap, the ids of the next step travel while the
+dense part computes: what of that is no longer than the dense part counts nothing, and all other phases follow one another.
+Each rank has a core of its own unless `cores` says that all of them share so many.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,17 @@ def phases_of_step(
     return found
 
 
+HIDDEN = ("numbers of ids", "ids")
+_BEHIND = "dense part"
+
+
+def hidden_s(shape: ModelShape, wall_s: Mapping[str, float]) -> float:
+    """Return the seconds of a step's phases that pass while the dense part computes; wall_s: of each phase."""
+    if not shape.overlap:
+        return 0.0
+    return min(sum(wall_s.get(name, 0.0) for name in HIDDEN), wall_s.get(_BEHIND, 0.0))
+
+
 def _still(name: str, seconds: np.ndarray) -> Phase:
     none = np.zeros(seconds.size, np.int64)
     return Phase(name, seconds, none, none)
@@ -84,8 +96,7 @@ def _lookup(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: i
     row = FLOAT_BYTES * shape.dim_of(number)
     travelling = shape.row_item(number) * shape.dim_of(number)
     row_bytes = shape.table_of(shape.lookups[number][0]).row_bytes
-    pairs = one.asked + one.local
-    yield _still("distinct ids", costs.seconds("dedup", one.positions) + costs.seconds("deal", pairs))
+    yield _still("distinct ids", costs.seconds("dedup", one.positions))
     yield _gather("numbers of ids", _COUNT_BYTES * ranks * len(shape.tables_of(number)), costs, ranks)
     yield _exchange("ids", WORD_BYTES * one.words_out, WORD_BYTES * one.words_in, costs)
     served = one.received + one.local

@@ -92,6 +92,7 @@ def record(
         raise ConfigError(f"recipe {config.name!r} has no tables: there is nothing to spread, plan or simulate")
     engine = FeatureEngine(config.features) if config.features else None
     source = _source(config)
+    start = None if isinstance(source, Reader) else source.state_dict()
     try:
         steps = StepStream(source, engine, micro_batches=config.accumulate_steps).steps()
         first = next(steps, None)
@@ -117,6 +118,8 @@ def record(
     finally:
         if isinstance(source, Reader):
             source.close()
+        else:
+            source.load_state_dict(start)
     whole = ended or (epoch_samples is not None and samples >= epoch_samples)
     return RecipeFacts(config=config, shape=shape, samples=samples, epoch_samples=epoch_samples, is_whole=whole)
 
@@ -142,6 +145,7 @@ def _shape(config: TrainConfig, model: nn.Module, ids: ModelIds) -> ModelShape:
         tables=ids.tables,
         features=ids.features,
         lookups=ids.lookups,
+        overlap=config.parallel.overlap,
         rows_item=torch.finfo(getattr(torch, config.parallel.rows_dtype)).bits // 8,
         dense_parameters=sum(value.numel() for value in parameters.values()),
     )

@@ -74,21 +74,20 @@ def batch_of(ids: TraceStep, rank: int, world_size: int) -> KeyedJaggedTensor:
 
 
 class Counted:
-    """Counts what `all_to_all` of any Ranks sends to others and receives from them, by the words of its name."""
+    """Counts what all-to-alls of any Ranks send to others and receive from them, by the words of their names."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.bytes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        plain, rank = ranks.all_to_all, ranks.rank
+        plain, rank = ranks.start_all_to_all, ranks.rank
 
-        def counting(given: Tensor, send: Any, receive: Any, what: str) -> Tensor:
-            taken = plain(given, send, receive, what)
+        def counting(given: Tensor, send: Any, receive: Any, what: str, **more: Any) -> Any:
             each = given.element_size() * int(np.prod(given.shape[1:]))
             kind = what.split(" of table")[0].split(" for table")[0]
             self.bytes[kind][0] += each * (sum(send) - send[rank])
             self.bytes[kind][1] += each * (sum(receive) - receive[rank])
-            return taken
+            return plain(given, send, receive, what, **more)
 
-        ranks.all_to_all = counting  # type: ignore[method-assign]
+        ranks.start_all_to_all = counting  # type: ignore[method-assign]
 
 
 def real(ranks: Ranks, steps: list[TraceStep], **settings_: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from recis.distributed.placement import DATA_PARALLEL, SLICED, Use, place_table
 from recis.distributed.plan import IdStatistics, fullest_rows, make_plan, statistics_of, zipf_exponent
 from recis.distributed.replay import Replay, Volumes
 from recis.distributed.shape import ModelShape, TableShape, index_bytes, plain_shape
-from recis.distributed.step_time import phases_of_step
+from recis.distributed.step_time import hidden_s, phases_of_step
 from recis.distributed.trace import Trace, TraceStep, TraceWriter
 from recis.errors import ConfigError, DataError
 from recis_kernels.philox import hash64
@@ -81,7 +81,7 @@ def test_seconds_of_phases_by_hand():
     shape = replace(shape, dense_parameters=3, dense_s=(5.0, 2.0))
     phases = {one.name: one for one in phases_of_step(shape, [volumes], BY_HAND, batch=7)}
     want = {
-        "distinct ids": [1 + 30 + 1 + 20, 1 + 10 + 1 + 10],
+        "distinct ids": [1 + 30, 1 + 10],
         "numbers of ids": [200 + 8 * 2] * 2,
         "ids": [100 + 16] * 2,
         "lookup at owners": [1 + 20 + 2 * 8, (1 + 10 + 8) + (1 + 10 + 32)],
@@ -96,6 +96,10 @@ def test_seconds_of_phases_by_hand():
         "update at owners": [1 + 20 + 2 * 8 + 32, 1 + 10 + 8 + 32],
     }
     assert {name: one.seconds.tolist() for name, one in phases.items()} == want
+    wall_s = {name: one.wall_s(None) for name, one in phases.items()}
+    assert hidden_s(shape, wall_s) == 19  # of 332 s of numbers and ids, as long as the dense part takes
+    assert hidden_s(shape, wall_s | {"dense part": 1000.0}) == 216 + 116
+    assert hidden_s(replace(shape, overlap=False), wall_s) == 0
     assert phases["pooling"].wall_s(None) == 55
     assert phases["pooling"].wall_s(1) == 55 + 19
     assert phases["rows"].sent.tolist() == phases["rows"].received.tolist() == [8, 8]
@@ -373,8 +377,8 @@ def test_memory_adds_up(tmp_path):
     assert account["dense part"] == 4 * (100 + 100 + 200)
     assert account["dense gradients, flat"] == 1600
     volumes = found.simulation.most_of_lookups[0]
-    exchange = volumes["asked"] * (64 + 96 + 64) + volumes["received"] * 128
-    exchange += 24 * (volumes["asked"] + volumes["received"]) + 16 * 8
+    pairs = volumes["asked"] + volumes["served"]
+    exchange = pairs * 128 + pairs * 32 + pairs * 24 + 16 * 8
     assert account["exchange of lookup 0"] == exchange
     assert found.memory_bytes == sum(account.values())
     assert found.fits is None
