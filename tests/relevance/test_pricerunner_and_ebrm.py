@@ -1,5 +1,6 @@
 """PriceRunner pairs hold their promises, and EBRM's verdicts reach the steps they are about."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from relevance.catalog import CatalogConfig, make_catalog
 from relevance.cli import main
 from relevance.data import check_pairs
 from relevance.ebrm_verifier import EbrmVerifier, agreement, write_ebrm_folder
-from relevance.files import read_pairs
+from relevance.files import read_pairs, write_rows
 from relevance.grammar import parse
 from relevance.labels import violations
 from relevance.oracle import oracle
@@ -233,3 +234,45 @@ def test_the_generated_catalogue_as_a_training_folder_of_ebrm(tmp_path):
     assert (len(found.train), len(found.dev)) == (24, 8)
     assert found.train.label.tolist() == [float(pair.label == 4) for pair in catalog.train]
     assert "colour" in found.schema.names
+
+
+class TestAgreementCommand:
+    def pairs_file(self, tmp_path, pairs):
+        write_rows(tmp_path / "pairs.jsonl", pairs)
+        return str(tmp_path / "pairs.jsonl")
+
+    def test_agreement_by_family_is_printed(self, tmp_path, monkeypatch, capsys):
+        items = {"i-a": boots(category="boots", colour="red"), "i-b": boots(category="boots", colour="blue")}
+        verifier = EbrmVerifier(model=ebrm(RED_BOOTS), items=items)
+        monkeypatch.setattr("relevance.ebrm_verifier.load_verifier", lambda folder, pairs: verifier)
+        pairs = [
+            make_pair(id="a", attributes={"colour": "ok"}, split="test"),
+            make_pair(id="b", attributes={"colour": "ok"}, split="test", family="negation"),
+            replace(make_pair(id="c", query_id="q2", split="train"), query="boots"),
+        ]
+        source = self.pairs_file(tmp_path, pairs)
+        assert main(["eval", "--ebrm", str(tmp_path), "--data", source, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["num_pairs"] == 2
+        assert report["slices"].keys() == {"all", "plain", "negation"}
+        assert (report["slices"]["all"]["attribute"], report["slices"]["negation"]["attribute"]) == (0.5, 0.0)
+        assert (report["slices"]["all"]["judged"], report["slices"]["all"]["always_match"]) == (1.0, 1.0)
+        assert main(["eval", "--ebrm", str(tmp_path), "--data", source]) == 0
+        assert "negation" in capsys.readouterr().out
+
+    def test_what_it_needs_is_named(self, tmp_path, capsys):
+        source = self.pairs_file(tmp_path, [replace(make_pair(), steps=None)])
+        for arguments, code, says in (
+            (["eval"], 2, "give --model, or --ebrm"),
+            (["eval", "--model", "m", "--ebrm", "e"], 2, "one thing"),
+            (["eval", "--ebrm", "e"], 2, "needs --data"),
+            (["eval", "--ebrm", "e", "--data", source, "--part", "train"], 1, "no pair has gold steps"),
+            (["data", "--out", "x", "--for-ebrm", "--offers", "o"], 2, "generated catalogue"),
+        ):
+            assert main(arguments) == code
+            assert says in capsys.readouterr().err
+
+    def test_the_catalogue_is_written_for_ebrm(self, tmp_path):
+        sizes = ["--set", "num_train=24", "--set", "num_dev=8", "--set", "num_test=0"]
+        assert main(["data", "--out", str(tmp_path / "ebrm"), "--for-ebrm", *sizes]) == 0
+        assert {path.name for path in (tmp_path / "ebrm").iterdir()} >= {"items.jsonl", "labels_train.jsonl"}
