@@ -1,5 +1,6 @@
 """How a run is spread over processes."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,19 @@ class Parallel:
     rows_dtype: RowsDtype = "float32"
     """Type in which rows and their gradients travel; sums and updates stay float32. bfloat16 rows always travel as such."""
 
+    overlap: bool = True
+    """Read the next step's samples and send their ids to the owners while this step computes; values are the same."""
+    link_delay_ms: float = 0.0
+    """What every exchange of a step takes at least: tries a slow link on one machine. 0 for real runs."""
+    timeline_steps: int = 0
+    """Steps, from the first of this process on, whose times each rank writes to `timeline-<rank>.json` in the run's folder."""
+
     def __post_init__(self) -> None:
+        if not 0 <= self.link_delay_ms < math.inf or self.timeline_steps < 0:
+            raise ConfigError(
+                "Parallel: link_delay_ms must be at least 0 and finite, timeline_steps at least 0; got "
+                f"{self.link_delay_ms}, {self.timeline_steps}"
+            )
         if self.parts is not None and self.parts < 1:
             raise ConfigError(f"Parallel: parts must be at least 1 or None; got {self.parts}")
         if not self.timeout_s > 0:

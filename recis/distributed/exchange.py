@@ -106,6 +106,10 @@ class Asked:
         if self.words is None:
             self.words = self.exchange.start_ids(self)
 
+    def look_up(self, *, train: bool, source: object) -> StoreLookup:
+        """Do the rest of the lookup at once."""
+        return self.exchange.take(self.exchange.answer(self, train=train, source=source))
+
     def drop(self) -> None:
         """Wait for what travels and forget it; every rank must do so."""
         self.start_ids()
@@ -207,7 +211,7 @@ class TableExchange:
 
     def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup:
         """Look up ids [L] of ranges, as RowStore.lookup does; every rank must call it, with no ids if it has none."""
-        return self.take(self.answer(self.ask(ranges), train=train, source=source))
+        return self.ask(ranges).look_up(train=train, source=source)
 
     def ask(self, ranges: tuple[Tensor, Tensor, Tensor]) -> Asked:
         """Begin to look up ids [L] of ranges, see RowStore.lookup; every rank must do it, with no ids if it has none."""

@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo
 from recis.embedding.config import Feature, TableConfig, Tile
 from recis.embedding.lookups import StoreLookup
 from recis.embedding.pooling import gather, pool, tile
-from recis.embedding.rows import RowStore
+from recis.embedding.rows import Asked, RowStore
 from recis.embedding.table_set import TableSet
 from recis.errors import ConfigError, nearest
 from recis.jagged import KeyedJaggedTensor
@@ -55,6 +55,18 @@ class _StorePlan:
         cuts = sorted({0, len(batch.keys), *(end for run in self.runs for end in run)})
         pieces = batch.split([stop - start for start, stop in pairwise(cuts)])
         return KeyedJaggedTensor.concat([pieces[cuts.index(start)] for start, _ in self.runs])
+
+
+Ranges = tuple[Tensor, Tensor, Tensor]
+"""ids, offsets and tables, as RowStore.lookup takes them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """A batch that was asked for before its turn: what each store was asked."""
+
+    batch: KeyedJaggedTensor
+    asked: list[Asked]
 
 
 class _Collection(nn.Module):
@@ -96,6 +108,8 @@ class _Collection(nn.Module):
         shared = isinstance(tables, TableSet)
         self.features: dict[str, Feature] = self._chosen(features, shared=shared)
         self._plans: dict[tuple[str, ...], tuple[_StorePlan, ...]] = {}
+        self._ahead: list[_Ahead] = []
+        self._latest: KeyedJaggedTensor | None = None
 
     def _chosen(self, names: Sequence[str] | None, *, shared: bool) -> dict[str, Feature]:
         known = {name: feature for name, (feature, _) in self.table_set.features.items()}
@@ -186,16 +200,60 @@ class _Collection(nn.Module):
         if batch.values.dtype != torch.int64:
             raise ValueError(f"ids must be int64; the batch has {batch.values.dtype}: hash or cast them to int64")
         out: dict[str, Any] = {}
-        for plan in self._plan(batch.keys):
-            part = plan.part_of(batch)
-            offsets = part.offsets if part.offsets.dtype == torch.int64 else part.offsets.long()
-            starts = offsets[:: part.stride] if part.stride else offsets.new_zeros(len(plan.features) + 1)
-            ids = part.values
-            if not plan.store.is_padded and offsets[-1] < ids.numel():  # on a GPU to look is to wait: offsets end there
-                ids = ids[: offsets[-1]]
-            found = plan.store.lookup((ids, starts, plan.tables), train=self.training, source=self)
+        ahead = next((one for one in self._ahead if one.batch is batch), None)
+        if ahead is not None:
+            self._ahead.remove(ahead)
+        for place, plan in enumerate(self._plan(batch.keys)):
+            part, offsets, ranges = self._cut(plan, batch)
+            if plan.store.exchange is not None:
+                self._latest = batch
+            if ahead is not None:
+                found = ahead.asked[place].look_up(train=self.training, source=self)
+            else:
+                found = plan.store.lookup(ranges, train=self.training, source=self)
             out |= self._outputs(plan, part, offsets, found)
         return {name: out[name] for name in self.features}
+
+    @staticmethod
+    def _cut(plan: _StorePlan, batch: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor, Ranges]:
+        """Return the part of the batch that a store looks up, its offsets as int64, and what the store is asked."""
+        part = plan.part_of(batch)
+        offsets = part.offsets if part.offsets.dtype == torch.int64 else part.offsets.long()
+        starts = offsets[:: part.stride] if part.stride else offsets.new_zeros(len(plan.features) + 1)
+        ids = part.values
+        if not plan.store.is_padded and offsets[-1] < ids.numel():  # on a GPU to look is to wait: offsets end there
+            ids = ids[: offsets[-1]]
+        return part, offsets, (ids, starts, plan.tables)
+
+    # ---- rows that ranks share: a batch's ids may travel before its turn comes
+
+    def looked_up(self, batch: KeyedJaggedTensor) -> bool:
+        """Whether this very batch was the last to be looked up in tables that ranks share."""
+        return self._latest is batch
+
+    def ask_ahead(self, batch: KeyedJaggedTensor) -> None:
+        """Say that this very batch will be looked up soon: the numbers of its ids start to travel, no table is read.
+
+        Every rank must say so of its own, and every table be shared (recis.distributed.tables).
+        """
+        asked = []
+        for plan in self._plan(batch.keys):
+            assert plan.store.exchange is not None
+            asked.append(plan.store.exchange.ask(self._cut(plan, batch)[2]))
+        self._ahead.append(_Ahead(batch, asked))
+
+    def send_ahead(self) -> None:
+        """Let the ids of such batches travel, once their numbers are there; every rank must."""
+        for ahead in self._ahead:
+            for asked in ahead.asked:
+                asked.start_ids()
+
+    def forget_ahead(self, batch: KeyedJaggedTensor | None = None) -> None:
+        """Give up what was asked for a batch that was not looked up (None: for any); every rank must."""
+        for ahead in [one for one in self._ahead if batch is None or one.batch is batch]:
+            self._ahead.remove(ahead)
+            for asked in ahead.asked:
+                asked.drop()
 
     def _outputs(
         self, plan: _StorePlan, part: KeyedJaggedTensor, offsets: Tensor, found: StoreLookup

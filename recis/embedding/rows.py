@@ -39,8 +39,20 @@ from recis_kernels.row_init import init_rows
 from recis_kernels.unique_ids import order_by_segment_and_id
 
 
+class Asked(Protocol):
+    """A lookup that waits for its turn while its ids travel: recis.distributed.exchange.Asked."""
+
+    def start_ids(self) -> None: ...
+
+    def look_up(self, *, train: bool, source: object) -> StoreLookup: ...
+
+    def drop(self) -> None: ...
+
+
 class Exchange(Protocol):
     """How the rows of a store are shared with other processes: recis.distributed.exchange.TableExchange."""
+
+    def ask(self, ranges: tuple[Tensor, Tensor, Tensor]) -> Asked: ...
 
     def lookup(self, ranges: tuple[Tensor, Tensor, Tensor], *, train: bool, source: object) -> StoreLookup: ...
 

@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from recis.errors import CheckpointError, ConfigError
@@ -32,6 +32,19 @@ from recis.io.windows import WindowSource, paths_of
 _log = logging.getLogger("recis.io")
 
 MAX_LISTED_BAD_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a Reader stood; `Reader.state_at` makes a position of it."""
+
+    epoch: int
+    rows: int
+    source: Source | None
+    micro_batch: int
+    window: Any
+    num_bad_rows: int
+    num_bad_rows_kept: int
 
 
 class Reader:
@@ -290,25 +303,42 @@ class Reader:
 
         Between steps it is the same on every rank, but for `bad_rows`, which each rank counts for its own lanes.
         """
-        epoch, rows, files = self._epoch, self._rows, [] if self._source is None else self._source.files()
+        return self.state_at(self.mark())
+
+    def mark(self) -> Mark:
+        """Return what `state_at` needs to tell later where the reader stands now; it costs next to nothing."""
+        return Mark(
+            self._epoch,
+            self._rows,
+            self._source,
+            self._micro_batch,
+            self.window,
+            self._num_bad_rows,
+            len(self._bad_rows),
+        )
+
+    def state_at(self, mark: Mark) -> dict[str, Any]:
+        """Return what `state_dict` returned when `mark` was made; not of a watched folder, which may have moved on."""
+        epoch, rows, files = mark.epoch, mark.rows, [] if mark.source is None else mark.source.files()
         consumed = [] if self._watcher is None else self._watcher.consumed
-        if self._watcher is not None and self._source is not None and rows == _num_rows(self._source):
+        if self._watcher is not None and mark.source is not None and rows == _num_rows(mark.source):
             consumed = sorted({*consumed, *(path for path, _, _ in files)})
             epoch, rows, files = epoch + 1, 0, []
-        source = self._source if files else None
+        source = mark.source if files else None
+        first = [asdict(row) for row in self._bad_rows[: mark.num_bad_rows_kept]]
         return {
             "format": FORMAT,
             "version": VERSION,
             "epoch": epoch,
             "rows": rows,
-            "micro_batch": self._micro_batch,
+            "micro_batch": mark.micro_batch,
             "split": self._split_numbers(),
             "order": order_of(self.config),
             "lanes": [] if source is None else lane_places(source, self.config, epoch, rows),
             "files": files,
-            "window": self.window,
+            "window": mark.window,
             "consumed": consumed,
-            "bad_rows": {"count": self._num_bad_rows, "first": [asdict(row) for row in self._bad_rows]},
+            "bad_rows": {"count": mark.num_bad_rows, "first": first},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,8 +6,9 @@ The features run in the training thread, so the reader's position is exactly tha
 time windows is read window after window.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from recis.distributed.batches import part_bounds, samples_of
@@ -66,6 +67,7 @@ class StepStream:
         share = Share() if share is None else share
         self._cut: Share | None = None
         self._opened: Reader | None = None
+        self._behind: Callable[[], dict[str, Any]] | None = None
         if isinstance(data, DataConfig):
             if engine is None:
                 raise ConfigError("data given as DataConfig needs `features`, which make a Batch of its columns")
@@ -91,6 +93,27 @@ class StepStream:
         """Rows that were left out so far, the first 1000 (`on_bad_row="skip"`); none where the source does not tell."""
         return getattr(self._source, "bad_rows", ())
 
+    def steps_ahead(self, num_steps: int | None = None) -> Iterator[tuple[list[Batch], list[Batch] | None]]:
+        """Yield the micro-batches of one step after the other, and with them those of the next; None: there is none.
+
+        The position stays behind the step that was yielded first. After num_steps of them no other is read.
+        """
+        steps, done = self.steps(), 1
+        current = next(steps, None)
+        while current is not None:
+            self._behind = self._mark()
+            is_last = num_steps is not None and done >= num_steps
+            following = None if is_last else next(steps, None)
+            yield current, following
+            current, done = following, done + 1
+        self._behind = None
+
+    def _mark(self) -> Callable[[], dict[str, Any]]:
+        if isinstance(self._source, Reader):
+            return partial(self._source.state_at, self._source.mark())
+        state = self._source.state_dict()
+        return lambda: state
+
     def steps(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of one step after the other until the data ends."""
         waiting: list[Batch] = []
@@ -106,8 +129,8 @@ class StepStream:
             yield waiting
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position behind the last batch that was taken."""
-        return self._source.state_dict()
+        """Return the position behind the last batch that was taken; see steps_ahead."""
+        return self._source.state_dict() if self._behind is None else self._behind()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the last batch that was taken when `state` was saved."""

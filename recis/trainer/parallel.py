@@ -5,6 +5,9 @@
 Each micro-batch belongs to a part of the step (see recis.io.feed.Split). Its random numbers come from (seed, step, part,
 micro-batch) and not from a generator that runs on, and every sum over parts is added in ascending part: a run does not
 depend on how many ranks the parts are dealt to.
+
+While a micro-batch computes, the ids of the one behind it travel to their owners (`parallel.overlap`): their numbers beside
+its forward, they themselves beside its backward. Their rows are read when its turn comes, after the update before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +41,10 @@ class ParallelRun:
         trainer: its model is built and untrained; the tables become shared here.
         ranks: the job.
         parts: of each step, a multiple of the ranks.
+
+    Attributes:
+        reads_ahead: whether the micro-batches of the next step are wanted beside those of each step.
+        following: those of the step behind the one under way; None: there is none, or it is not known.
     """
 
     def __init__(self, trainer: "Trainer", ranks: Ranks, parts: int) -> None:
@@ -52,6 +59,12 @@ class ParallelRun:
         if not config.deterministic and ranks.world_size > 1 and trainable:
             self._ddp = wrap_in_ddp(trainer.forward, ranks)
         self._gradients = OrderedGradients(list(trainer.dense_parameters.values()), ranks)
+        self.reads_ahead = config.parallel.overlap and ranks.world_size > 1
+        self.following: Sequence[Batch] | None = None
+        self._asks_ahead: list[Any] = []
+        ranks.link_delay_s = config.parallel.link_delay_ms / 1e3
+        self._timed_until = config.parallel.timeline_steps
+        ranks.timeline.is_on = self._timed_until > 0
 
     # ---- a step
 
@@ -66,24 +79,63 @@ class ParallelRun:
         total_weight, num_samples = self._totals(micro_batches)
         trainer.dense_optimizer.zero_grad()
         losses, outputs = [], []
+        span = ranks.timeline.span
         for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            self._ask_ahead(micro_batches[number + 1] if not is_last else (self.following or [None])[0])
             seed_everything(self._seed(step, number))
-            output = self._forward(batch, is_last=number == len(micro_batches) - 1)
-            loss = trainer.loss(output, batch) / total_weight
+            with span("forward", step=step):
+                output = self._forward(batch, is_last=is_last)
+                loss = trainer.loss(output, batch) / total_weight
             losses.append(loss.detach().double().cpu())
-            self._backward(loss, is_last=number == len(micro_batches) - 1)
+            self._send_ahead(batch)
+            with span("backward", step=step):
+                self._backward(loss, is_last=is_last)
             outputs.append(output)
             trainer.metrics.update(config.score(output), batch)
         mean_loss = self._finish_backward(torch.stack(losses), micro_batches, step)
-        if config.clip_grad_norm is not None:
-            clip_grad_norm(trainer.dense_parameters.values(), trainer.collections, config.clip_grad_norm)
-        trainer.dense_optimizer.step()
-        trainer.sparse_optimizer.step()
-        trainer.schedule.step()
-        for collection in trainer.collections:  # counters, then eviction
-            collection.end_step(step)
+        with span("update", step=step):
+            if config.clip_grad_norm is not None:
+                clip_grad_norm(trainer.dense_parameters.values(), trainer.collections, config.clip_grad_norm)
+            trainer.dense_optimizer.step()
+            trainer.sparse_optimizer.step()
+            trainer.schedule.step()
+            for collection in trainer.collections:  # counters, then eviction
+                collection.end_step(step)
         trainer.advance(step, mean_loss, num_samples)
+        self._note_timeline()
         return StepOutput(mean_loss, outputs)
+
+    def _ask_ahead(self, following: Batch | None) -> None:
+        """Ask for the ids of the micro-batch behind the next forward, of collections that look up batches as they come."""
+        if following is not None:
+            for collection in self._asks_ahead:
+                collection.ask_ahead(following.sparse)
+
+    def _send_ahead(self, batch: Batch) -> None:
+        """Let the ids asked for travel; a collection that did not look its batch up is not asked again."""
+        if not self.reads_ahead:
+            return
+        for collection in self._asks_ahead:
+            collection.forget_ahead(batch.sparse)
+            collection.send_ahead()
+        self._asks_ahead = [one for one in self._trainer.collections if one.looked_up(batch.sparse)]
+
+    def end_steps(self) -> None:
+        """Take back what was asked for a step that will not come."""
+        self.following = None
+        for collection in self._trainer.collections:
+            collection.forget_ahead()
+
+    def _note_timeline(self) -> None:
+        if not self.ranks.timeline.is_on:
+            return
+        self._timed_until -= 1
+        if self._timed_until == 0:
+            self.ranks.timeline.is_on = False
+            out = self._trainer.state.run
+            if out is not None:
+                self.ranks.timeline.write(out / f"timeline-{self.ranks.rank}.json")
 
     def _totals(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, int]:
         """Return the weight of the global batch, float32, and its samples."""

@@ -210,6 +210,8 @@ class Trainer:
                     if self.parallel is not None and config.hooks:
                         self.parallel.agree_to_stop()
                     self._note_checkpoint(wait=False)
+                if self.parallel is not None:
+                    self.parallel.end_steps()
                 if state.last_eval_step != state.step:
                     self._evaluate_now()
                 call_hooks(self._hooks, "on_train_end", state)
@@ -301,6 +303,14 @@ class Trainer:
         """Yield the micro-batches of each step that is left; none is taken from the reader beyond the last."""
         assert self.stream is not None
         if self._finished():
+            return
+        if self.parallel is not None and self.parallel.reads_ahead:
+            left = None if self.config.max_steps is None else self.config.max_steps - self.state.step
+            for micro_batches, following in self.stream.steps_ahead(left):
+                self.parallel.following = following
+                yield micro_batches
+                if self._finished():
+                    return
             return
         for micro_batches in self.stream.steps():
             yield micro_batches

@@ -269,3 +269,30 @@ def test_a_folder_that_is_not_shared_is_named(data, tmp_path):
     job: Any = JobOfRank1(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"elsewhere: rank 1 does not see the run that rank 0 has begun there"):
         start_run(RECIPE, data=str(data), out=tmp_path, settings=(), resume=False, job=job)
+
+
+def spans(run: Path, rank: int) -> list[dict[str, Any]]:
+    """Return the spans of a rank's timeline, with `end`."""
+    trace = json.loads((run / f"timeline-{rank}.json").read_text())
+    return [event | {"end": event["ts"] + event["dur"]} for event in trace["traceEvents"] if event["ph"] == "X"]
+
+
+def test_ids_of_the_next_step_travel_beside_this_one(fleet, data, straight, tmp_path):
+    """Over a link of 30 ms: with overlap the ids are under way before the update ends, without they never are; equal bytes."""
+    settings = ("parallel.link_delay_ms=30", "parallel.timeline_steps=6")
+    begun_early = {}
+    for overlap in ("true", "false"):
+        run = tmp_path / overlap
+        ended_well(fleet.run(2, train(data, run, *settings, f"parallel.overlap={overlap}")))
+        assert differences(straight["end"], merged(newest(run))) == []
+        for rank in (0, 1):
+            every = spans(run, rank)
+            updates = sorted((e for e in every if e["name"] == "update"), key=lambda e: e["ts"])
+            assert [e["args"]["step"] for e in updates] == [1, 2, 3, 4, 5, 6]
+            ids = [e for e in every if e["name"].startswith("ids for") and e["tid"] == 1]
+            assert all(e["dur"] >= 30_000 for e in ids)
+            begun_early[overlap, rank] = sum(
+                any(e["ts"] < u["ts"] and e["end"] > u["end"] for u in updates) for e in ids
+            )
+    assert begun_early["false", 0] == begun_early["false", 1] == 0
+    assert min(begun_early["true", 0], begun_early["true", 1]) >= 4
