@@ -158,7 +158,7 @@ def _rows_of(table: HashTable) -> StaticRows:
     if not (is_adam or is_fused):
         raise ConfigError(
             f"{where}: FBGEMM's CPU tables do not run {optimizer}; they run Sgd without momentum, Adagrad, RowWiseAdagrad, and "
-            "Adam with bias_correction='table' in a form that is slow for large tables"
+            "Adam with bias_correction='table'; keep other tables dynamic"
         )
     if optimizer.weight_decay:
         raise ConfigError(

@@ -11,11 +11,16 @@ from recis.jagged import KeyedJaggedTensor
 from recis.optim import Adagrad, Adam, Ftrl, RowWiseAdagrad, Sgd, SparseOptimizer
 
 pytestmark = pytest.mark.torchrec
-pytest.importorskip("torchrec")
 OPTIMIZERS = [Sgd(lr=0.1), Adagrad(lr=0.1, h0=0.5), RowWiseAdagrad(lr=0.1)]
 IDS = {"item": [[5, -(2**63)], [], [7, 5, 5]], "seen": [[2**63 - 1], [5, 7], []], "shop": [[0], [1], [0, 1]]}
 UNKNOWN = {"item": [[5, 99], [], [98]], "seen": [[97, 7], [-1], []], "shop": [[3], [1], []]}
 WEIGHTS = {key: [[0.5 + id_ % 3 for id_ in bag] for bag in bags] for key, bags in IDS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _installed():
+    """Skip without it; imported here and not above, so that tests of other parts are collected without it."""
+    pytest.importorskip("torchrec")
 
 
 def tables(pooling: Any = "sum", **settings: Any) -> list[TableConfig]:

@@ -14,13 +14,18 @@ from recis.jagged import KeyedJaggedTensor
 from recis.optim import Adagrad, Adam, AdamW, Ftrl, RowWiseAdagrad, Sgd, SparseOptimizer
 
 pytestmark = pytest.mark.torchrec
-pytest.importorskip("fbgemm_gpu")
 OPTIMIZERS = [Sgd(lr=0.1), Adagrad(lr=0.1, h0=0.1), RowWiseAdagrad(lr=0.1, eps=1e-6), Adam(lr=0.01, betas=(0.8, 0.9))]
 VOCABULARY = {"item": torch.tensor([9, -(2**63), 2**40, 0, 5]), "shop": torch.tensor([2, 1])}
 DIMS = {"item": 4, "shop": 8}
 POOLING = {"shop": "mean", "item": "sum", "seen": "mean"}
 TABLE = {"shop": "shop", "item": "item", "seen": "item"}
 by_name = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
+
+
+@pytest.fixture(autouse=True)
+def _installed():
+    """Skip without it; imported here and not above, so that tests of other parts are collected without it."""
+    pytest.importorskip("fbgemm_gpu")
 
 
 def tables(optimizer: Any, **settings: Any) -> list[TableConfig]:
