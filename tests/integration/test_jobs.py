@@ -224,12 +224,16 @@ def one_line(done: list[RankDone]) -> str:
 
 
 def test_bad_jobs_are_refused_in_one_line(fleet, data, tmp_path):
-    """One launch each: another setting on a rank, another world size, a rank that does not come, no master, no run."""
+    """One launch each: another setting or version on a rank, another world size, a missing rank, no master, no run."""
     usual = train(data, tmp_path / "a")
     other = train(data, tmp_path / "a", "max_steps=5")
     line = one_line(fleet.run(2, [usual, other]))
     assert "rank 1 would not run what rank 0 runs: config.max_steps: 6 -> 5" in line
     assert not (tmp_path / "a").exists()  # nothing of the refused run is left
+
+    line = one_line(fleet.run(2, usual, env=[{"JOB_TORCH": "2.13.0"}, {"JOB_TORCH": "2.12.1"}]))
+    assert 'rank 1 would not run what rank 0 runs: versions.torch: "2.13.0" -> "2.12.1"' in line
+    assert not (tmp_path / "a").exists()
 
     quick = [*train(data, tmp_path / "b"), "--join-timeout-s", "2"]
     line = one_line(fleet.run(2, quick, env=[{}, {"WORLD_SIZE": "3"}]))
