@@ -1,6 +1,6 @@
 """Replay a trace over up to 4096 ranks that do not exist: load balance, bytes, memory and the time of a step.
 
-    trace --Replay--> volumes per rank --phases_of_step--> seconds per rank;  means over the steps behind the first one
+    trace --Replay--> volumes per rank --phases_of_step--> seconds per rank;  means over all steps but the first
 
 The first step makes nearly all rows and chooses the hot ids, so it counts in the growth of memory alone (unless it is the
 only one). What the estimate leaves out: reading, features, waiting for a slow machine; its error against real runs is
@@ -110,6 +110,7 @@ def simulate(
     max_steps: int | None = None,
     costs: Costs | None = None,
     cores: int | None = None,
+    skip_steps: int = 1,
 ) -> Simulation:
     """Replay a trace.
 
@@ -121,6 +122,7 @@ def simulate(
         max_steps: steps to replay; None: all the trace has.
         costs: of ops and link; None gives no times.
         cores: that all ranks share; None: each has its own.
+        skip_steps: steps at the beginning that the means leave out; fewer where the trace has no more.
 
     Raises:
         ConfigError: a number out of range, fewer samples than one step takes, hot ids with one step.
@@ -150,7 +152,7 @@ def simulate(
     for number, ids in enumerate(trace.steps(num_samples), start=1):
         step = replay.step(ids)
         growth.append(_growth(number, replay))
-        if number > 1 or num_steps == 1:
+        if number > min(skip_steps, num_steps - 1):
             _add(sums, step, replay.hot_per_table)
             asked += step.asked_per_table
             for found, one in zip(most_of, step.plain, strict=True):
@@ -311,7 +313,7 @@ def lines(result: Simulation) -> Iterator[str]:
     ranks, batch = result.world_size, result.batch
     yield f"{ranks:,} ranks x {batch:,} samples = {ranks * batch:,} per step; {result.num_steps:,} steps replayed"
     if result.counted_steps < result.num_steps:
-        yield "per rank and step, means over the steps behind the first:"
+        yield f"per rank and step, means over the last {result.counted_steps:,}:"
     else:
         yield "per rank, in the one step there is (it makes all rows, so inserts weigh more than in later steps):"
     for side, title in ((result.plain, ""), (result.hot, f"with copies of {result.hot_per_table.sum():,} hot ids:")):
