@@ -26,7 +26,7 @@ from recis.embedding.config import Feature, Pooling
 from recis.embedding.initializers import Initializer, Uniform
 from recis.errors import ConfigError
 from recis.optim.config import Adagrad, RowOptimizer, RowWiseAdagrad, Sgd
-from recis.torchrec.vocabulary import FixedVocabulary
+from recis.torchrec.vocabulary import FixedVocabulary, require_all_rows
 
 _POOLING = {"sum": PoolingType.SUM, None: PoolingType.SUM, "mean": PoolingType.MEAN}
 _POOLING_BACK: dict[PoolingType, Pooling] = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
@@ -68,7 +68,7 @@ class Exported(nn.Module):
             ConfigError: a table's optimizer has no equal over dense parameters; the text names both.
         """
         optimizers: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = []
-        for name, weights in _weights_of(self.embeddings).items():
+        for name, weights in weights_of(self.embeddings).items():
             build = _dense_optimizer(self.configs[name])
             made = KeyedOptimizerWrapper({name: weights}, build)
             if "h" in self.states[name]:
@@ -116,14 +116,14 @@ def to_torchrec(collection: EmbeddingBagCollection | EmbeddingCollection, *, is_
             "width, with features="
         )
     for name in tables:
-        if "." in name or hasattr(nn.ModuleDict, name):
+        if "." in name or hasattr(nn.ModuleDict(), name):
             raise ConfigError(
                 f"table {name!r}: TorchRec makes a module's name of a table's, which can hold no dot and be no attribute of "
                 "nn.ModuleDict; give the table another name (recis.checkpoint.load renames with tables=)"
             )
     embeddings = TorchRecBags(configs, is_weighted=is_weighted) if pools else TorchRecSingle(configs)
     with torch.no_grad():
-        for name, weights in _weights_of(embeddings).items():
+        for name, weights in weights_of(embeddings).items():
             weights.copy_(exported[name]["weight"])
     vocabulary = FixedVocabulary(
         {name: fields["ids"] for name, fields in exported.items()},
@@ -140,12 +140,7 @@ def to_torchrec(collection: EmbeddingBagCollection | EmbeddingCollection, *, is_
 
 def _rows_of(table: HashTable) -> dict[str, Tensor]:
     """Return ids [V], and weights and states [V + 1, ...] with the row that other ids read as the last."""
-    exchange: Any = table.store.exchange
-    if exchange is not None and exchange._ranks.world_size > 1:
-        raise ConfigError(
-            f"table {table.name!r}: its rows are shared by several processes; save a checkpoint and export from one process "
-            "that has loaded it"
-        )
+    require_all_rows(table)
     fields = table.export()
     first = dict(zip(table.state_widths, table.config.optimizer.initial_state(), strict=True))
     last = table.default_row if table.config.unadmitted == "default_row" else torch.zeros(table.config.embedding_dim)
@@ -175,7 +170,8 @@ def _one_pooling(name: str, features: list[Feature], is_weighted: bool) -> Any:
     return pooling
 
 
-def _weights_of(embeddings: TorchRecBags | TorchRecSingle) -> dict[str, nn.Parameter]:
+def weights_of(embeddings: TorchRecBags | TorchRecSingle) -> dict[str, nn.Parameter]:
+    """Return the weights of an unsharded collection of TorchRec by table."""
     modules: Any = embeddings.embedding_bags if isinstance(embeddings, TorchRecBags) else embeddings.embeddings
     return {name: module.weight for name, module in modules.items()}
 
@@ -229,7 +225,7 @@ def from_torchrec(
         )
     pools = isinstance(embeddings, TorchRecBags)
     theirs: list[Any] = list(embeddings.embedding_bag_configs() if pools else embeddings.embedding_configs())
-    weights = {name: weight.detach().float().cpu() for name, weight in _weights_of(embeddings).items()}
+    weights = {name: weight.detach().float().cpu() for name, weight in weights_of(embeddings).items()}
     configs = []
     for table in theirs:
         chosen = optimizer.get(table.name) if isinstance(optimizer, Mapping) else optimizer
@@ -248,7 +244,7 @@ def from_torchrec(
             )
         )
     ours = (EmbeddingBagCollection if pools else EmbeddingCollection)(configs, seed=seed)
-    for name, parameter in _weights_of(embeddings).items():
+    for name, parameter in weights_of(embeddings).items():
         table = ours.table_set[name]
         states = _taken_states(table, parameter, trained_by)
         rows = weights[name]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis.errors import ConfigError, nearest
-from recis.torchrec.export import Exported, _weights_of
+from recis.torchrec.export import Exported, weights_of
 
 
 def fill_shards(model: Any, exported: Exported, *, states: bool = True) -> None:
@@ -28,7 +28,7 @@ def fill_shards(model: Any, exported: Exported, *, states: bool = True) -> None:
             table and way out.
     """
     try:
-        given = {name: weight.detach() for name, weight in _weights_of(exported.embeddings).items()}
+        given = {name: weight.detach() for name, weight in weights_of(exported.embeddings).items()}
     except AttributeError as error:
         raise ConfigError(
             "fill_shards: the tables of this export are sharded themselves; export the collection once more"

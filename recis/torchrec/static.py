@@ -20,7 +20,7 @@ from recis.errors import ConfigError, nearest
 from recis.jagged import KeyedJaggedTensor
 from recis.optim.config import Adam
 from recis.torchrec.static_groups import FUSED, AdamGroup, FusedGroup, StaticRows, TableGroup
-from recis.torchrec.vocabulary import FixedVocabulary
+from recis.torchrec.vocabulary import FixedVocabulary, require_all_rows
 
 
 class StaticEmbeddingBagCollection(nn.Module):
@@ -139,11 +139,7 @@ def _rows_of(table: HashTable) -> StaticRows:
     """Return what a static table starts from, or refuse by name what FBGEMM's CPU tables have no form for."""
     config, where = table.config, f"table {table.name!r}"
     optimizer: Any = config.optimizer
-    exchange: Any = table.store.exchange
-    if exchange is not None and exchange._ranks.world_size > 1:
-        raise ConfigError(
-            f"{where}: its rows are shared by several processes; save a checkpoint and load it in one process first"
-        )
+    require_all_rows(table)
     if config.embedding_dim % 4:
         raise ConfigError(f"{where}: FBGEMM needs an embedding_dim that is a multiple of 4; got {config.embedding_dim}")
     if config.dtype != "float32":

@@ -70,22 +70,23 @@ class TableGroup(nn.Module):
                 weights[part.ids.numel() :].zero_()
 
     def _make(self, rows: Sequence[StaticRows]) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("a group says in which form of FBGEMM's tables it lies")
 
     def weights(self) -> list[Tensor]:
         """Return views of the tables' weights, [max(V, 1), D] each."""
-        raise NotImplementedError
+        return self.tbe.split_embedding_weights()
 
     def states(self) -> list[dict[str, Tensor]]:
         """Return views of the tables' optimizer states, [max(V, 1), width] each, by our names."""
-        raise NotImplementedError
+        raise NotImplementedError("a group says where its optimizer state lies")
 
     @property
     def num_steps(self) -> int:
         return int(self.get_buffer("t"))
 
     def set_lr(self, lr: float) -> None:
-        raise NotImplementedError
+        """Set the learning rate from the next backward on."""
+        raise NotImplementedError("a group says where its learning rate lies")
 
     def rows_of(self, table: str) -> dict[str, Tensor]:
         """Return copies of a table's weights and states."""
@@ -139,9 +140,6 @@ class FusedGroup(TableGroup):
             states[0][: part.ids.numel()].view_as(part.states["h"]).copy_(part.states["h"])
         return tbe
 
-    def weights(self) -> list[Tensor]:
-        return self.tbe.split_embedding_weights()
-
     def states(self) -> list[dict[str, Tensor]]:
         found = self.tbe.split_optimizer_states()
         return [{"h": states[0].view(states[0].shape[0], -1)} for states in found] or [{} for _ in self.tables]
@@ -177,9 +175,6 @@ class AdamGroup(TableGroup):
         self._touched: list[tuple[Tensor, Tensor]] = []
         tbe.weights.register_post_accumulate_grad_hook(self._update)
         return tbe
-
-    def weights(self) -> list[Tensor]:
-        return self.tbe.split_embedding_weights()
 
     def states(self) -> list[dict[str, Tensor]]:
         names = ("m", "v")

@@ -5,11 +5,13 @@ row of ids[k] = k, ids ascending;   any other id: row V, one past the last
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecKeyed
 
+from recis.embedding import HashTable
 from recis.errors import ConfigError
 
 
@@ -73,4 +75,13 @@ class FixedVocabulary(nn.Module):
             weights=features.weights_or_none(),
             lengths=features.lengths(),
             stride=features.stride(),
+        )
+
+
+def require_all_rows(table: HashTable) -> None:
+    """Raise ConfigError where other processes hold rows of a table whose ids are to become a vocabulary."""
+    exchange: Any = table.store.exchange
+    if exchange is not None and exchange._ranks.world_size > 1:
+        raise ConfigError(
+            f"table {table.name!r}: its rows are shared by several processes; save a checkpoint, and load it in one process"
         )

@@ -205,9 +205,21 @@ def test_what_torchrec_has_no_form_for_is_refused_by_name():
         to_torchrec(EmbeddingCollection(widths, seed=1))
     with pytest.raises(ConfigError, match="got Linear"):
         from_torchrec(torch.nn.Linear(1, 1), optimizer=Sgd(lr=0.1), seed=1)  # pyright: ignore[reportArgumentType]
-    for name in ("a.b", "items"):
+    for name in ("a.b", "items", "training"):
         with pytest.raises(ConfigError, match=f"table '{name}': TorchRec makes a module's name of a table's"):
             to_torchrec(EmbeddingBagCollection([TableConfig(name=name, features=("f",))], seed=1))
     exported = to_torchrec(EmbeddingBagCollection(tables(), seed=1))
     with pytest.raises(ConfigError, match="table 'shop': no optimizer is given for it"):
         from_torchrec(exported, optimizer={"item_id": Sgd(lr=0.1)}, seed=1)
+
+
+def test_rows_of_several_processes_are_refused_by_name():
+    from recis.distributed.ranks import Ranks
+    from recis.distributed.tables import share_tables
+    from recis.torchrec import StaticEmbeddingBagCollection, to_torchrec
+
+    collection = EmbeddingBagCollection([TableConfig(name="t", features=("f",))], seed=1)
+    share_tables(collection.table_set, Ranks(0, 2))
+    for use in (to_torchrec, StaticEmbeddingBagCollection.from_collection):
+        with pytest.raises(ConfigError, match="table 't': its rows are shared by several processes; save a checkpoint"):
+            use(collection)
