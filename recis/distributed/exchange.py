@@ -79,9 +79,9 @@ class Asked:
         exchange: where.
         dealt: the distinct (table, id) pairs of this rank by owner.
         inverse: int32 [L], position -> pair.
-        numbers: pairs of each rank for each rank of each table, [W, W, T].
+        numbers: pairs from each rank of each table, [W, T], under way.
         words: the ids and sightings that other ranks have for this one, once `start_ids` was called.
-        per_table: pairs from each rank of each table, [W, T], from then on.
+        per_table: the same, from then on.
     """
 
     exchange: "TableExchange"
@@ -218,12 +218,13 @@ class TableExchange:
         ids, offsets, tables = ranges
         unique = unique_ids(ids, tables, offsets)
         dealt = self._owners.deal(unique.ids, unique.segments, unique.counts)
-        numbers = self._ranks.start_all_gather(dealt.counts, f"numbers of ids for {self._name}")
+        ones = [1] * self._ranks.world_size
+        numbers = self._ranks.start_all_to_all(dealt.counts, ones, ones, f"numbers of ids for {self._name}")
         return Asked(self, dealt, dealt.places_of(unique.inverse), numbers)
 
     def start_ids(self, asked: Asked) -> Travelling:
         """Send each owner its ids and their sightings: one message per rank, two sightings in the place of an id."""
-        asked.per_table = asked.numbers.wait()[:, self._ranks.rank].contiguous()
+        asked.per_table = asked.numbers.wait()
         send, receive = self._without_own(asked.send), self._without_own(asked.receive)
         words = [number + (number + 1) // 2 for number in send]
         back = [number + (number + 1) // 2 for number in receive]

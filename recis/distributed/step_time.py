@@ -97,7 +97,8 @@ def _lookup(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: i
     travelling = shape.row_item(number) * shape.dim_of(number)
     row_bytes = shape.table_of(shape.lookups[number][0]).row_bytes
     yield _still("distinct ids", costs.seconds("dedup", one.positions))
-    yield _gather("numbers of ids", _COUNT_BYTES * ranks * len(shape.tables_of(number)), costs, ranks)
+    moved = np.full(ranks, _COUNT_BYTES * (ranks - 1) * len(shape.tables_of(number)), np.int64)
+    yield _exchange("numbers of ids", moved, moved, costs)
     yield _exchange("ids", WORD_BYTES * one.words_out, WORD_BYTES * one.words_in, costs)
     served = one.received + one.local
     yield _still(
