@@ -5,8 +5,7 @@
     exchange  what a lookup holds until the step ends: rows and sums of gradients, of its own ids and of those it serves
     program   what the process holds before any of it
 
-Rows when training ends are extrapolated from a sample by distinct(n) ~ n^b, b from its second half (Heaps' law), unless the
-sample is a whole epoch or the user says how many. Volumes and time are those of a simulated step.
+Rows when training ends come from `id_statistics`, or the user says how many. Volumes and time are those of a simulated step.
 """
 
 import math
@@ -14,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from recis.distributed.costs import Costs
+from recis.distributed.id_statistics import IdStatistics
 from recis.distributed.placement import Placement, Use, place_table
 from recis.distributed.shape import ModelShape, TableShape, index_bytes, owners_bytes, sightings_bytes
 from recis.distributed.simulate import Simulation
@@ -28,61 +26,6 @@ _FLAT_COPIES = 4
 _FLOAT_BYTES = 4
 _PAIR_BYTES = 12  # an id and its sightings; packed and unpacked
 _SIGMAS = 3  # by which the fullest rank's rows lie above the mean, besides its slices
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IdStatistics:
-    """What a sample says of one table.
-
-    Attributes:
-        samples: of the sample.  positions: ids in it.
-        distinct_half, distinct: distinct ids in its first half, in all of it.
-        zipf: exponent s of counts ~ rank^-s over the most frequent ids; nan where there are too few.
-        most: share of all positions that the most frequent id has.
-    """
-
-    samples: int
-    positions: int
-    distinct_half: int
-    distinct: int
-    zipf: float
-    most: float
-
-    def rows_at(self, samples: int) -> tuple[int, str]:
-        """Return distinct ids in `samples` samples, and how that came."""
-        if samples <= self.samples + 1 or not self.distinct:  # halves leave one of an odd number out
-            return self.distinct, f"{self.distinct:,} distinct ids in the sample, which is all of the data"
-        growth = math.log2(self.distinct / self.distinct_half) if self.distinct_half else 1.0
-        growth = min(1.0, max(0.0, growth))
-        rows = math.ceil(self.distinct * (samples / self.samples) ** growth)
-        return rows, (
-            f"{self.distinct:,} distinct ids in {self.samples:,} samples ({self.distinct_half:,} in half) x "
-            f"({samples:,} / {self.samples:,})^{growth:.2f} = {rows:,}"
-        )
-
-
-def statistics_of(first_half: np.ndarray, second_half: np.ndarray, samples: int) -> IdStatistics:
-    """Return the statistics of a table's ids, given in two halves of the sample."""
-    ids, counts = np.unique(np.concatenate([first_half, second_half]), return_counts=True)
-    counts = np.sort(counts)[::-1]
-    positions = int(counts.sum())
-    return IdStatistics(
-        samples=samples,
-        positions=positions,
-        distinct_half=np.unique(first_half).size,
-        distinct=ids.size,
-        zipf=zipf_exponent(counts),
-        most=float(counts[0]) / positions if positions else 0.0,
-    )
-
-
-def zipf_exponent(counts: np.ndarray) -> float:
-    """Return s of the least-squares line log count = a - s log rank through counts in falling order, seen twice or more."""
-    head = counts[counts >= 2][:1000]
-    if head.size < 10:
-        return math.nan
-    slope, _ = np.polyfit(np.log(np.arange(1, head.size + 1)), np.log(head), 1)
-    return float(-slope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,14 +204,14 @@ def _exchange_lines(simulation: Simulation) -> list[Line]:
         narrow = sum(item * dim for item in (shape.row_item(number), shape.rows_item) if item != _FLOAT_BYTES)
         kept = (asked + served) * 2 * row  # rows and the sums of their gradients
         room, travel = kept // 4, (asked + served) * narrow
-        ids, counts = 2 * _PAIR_BYTES * (asked + served), 8 * tables * ranks**2
+        ids, counts = 2 * _PAIR_BYTES * (asked + served), 2 * 8 * tables * ranks
         found.append(
             Line(
                 name=f"exchange of lookup {number}",
                 num_bytes=kept + room + travel + ids + counts,
                 text=(
                     f"({asked:,} ids asked + {served:,} served to others) x 2 x {row} B (row, gradient) + a quarter spare"
-                    f"{f' + {travel:,} B as they travel' if travel else ''} + ids {ids:,} B + numbers {ranks:,}^2 x {tables} "
+                    f"{f' + {travel:,} B as they travel' if travel else ''} + ids {ids:,} B + numbers 2 x {ranks:,} x {tables} "
                     f"x 8 = {counts:,} B"
                 ),
             )

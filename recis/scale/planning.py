@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from recis.distributed.plan import GIGA, IdStatistics, Plan, make_plan, statistics_of
+from recis.distributed.id_statistics import IdStatistics, statistics_of
+from recis.distributed.plan import GIGA, Plan, make_plan
 from recis.distributed.replay import check_world
 from recis.distributed.simulate import simulate
 from recis.distributed.trace import Trace, TraceStep

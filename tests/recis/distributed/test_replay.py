@@ -128,7 +128,8 @@ def expected_bytes(volumes: tuple[Volumes, ...], rank: int) -> dict[str, tuple[i
         }.items():
             found[kind][0] += int(out)
             found[kind][1] += int(back)
-    return {kind: (both[0], both[1]) for kind, both in found.items()}
+    numbers = 8 * (len(volumes[0].asked) - 1) * len(FEATURES)  # of each table's pairs, to every other rank
+    return {kind: (both[0], both[1]) for kind, both in found.items()} | {"numbers of ids": (numbers, numbers)}
 
 
 def assert_same(results: list[dict[str, Any]], steps: list[TraceStep], world_size: int, **settings_: Any) -> None:

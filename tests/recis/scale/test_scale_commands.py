@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from recis.bench import stored
 from recis.cli import main
 from recis.distributed import costs as costs_file
+from recis.distributed import measure
 from recis.distributed.costs import OPS, Costs, LinkCost, OpCost
 from recis.distributed.trace import Trace
 from recis.embedding import EmbeddingBagCollection, TableConfig
@@ -219,6 +221,24 @@ def test_features_of_several_tables(tmp_path):
     }
     assert len({table.store for table in shape.tables}) == 3
     assert shape.dense_parameters == shape.optimizer_numbers == 0
+
+
+def test_a_machine_is_measured_once(capsys, monkeypatch, tmp_path):
+    """All of it but the roofline, at a hundredth of the size: ops here, the link between two processes."""
+    monkeypatch.setattr(measure, "NUM_ROWS", 2000)
+    monkeypatch.setattr(measure, "CASES", ((64, 16), (640, 16), (640, 64)))
+    monkeypatch.setattr(stored, "fresh", lambda device: {"copy_gb_per_s": 7.0, "measured_at": "today"})
+    assert run("simulate --measure --json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    kept = costs_file.default_path()
+    assert str(kept).startswith(str(tmp_path))  # the user's cache folder
+    costs = costs_file.load(kept)
+    assert json.loads(json.dumps(costs.to_json())) == json.loads(kept.read_text()) == printed
+    assert (costs.copy_gb_per_s, costs.roofline_at) == (7.0, "today")
+    assert costs.link.between == "two processes of one machine"
+    assert min(costs.link.latency_s, costs.link.gather_latency_s, costs.link.gb_per_s) > 0
+    assert run(f"plan {DLRM} --world 2 --samples 600") == 0  # finds them without being told
+    assert "copy 7.0 GB/s" in capsys.readouterr().out
 
 
 def test_rows_as_text():
