@@ -130,12 +130,17 @@ def _eval_ebrm(args: argparse.Namespace) -> int:
 
     if args.data is None:
         raise ConfigError("--ebrm needs --data: pairs with gold steps, as `relevance data` writes them")
-    pairs = [pair for pair in read_pairs(args.data) if pair.split == args.part][: args.limit]
-    report = agreement_report(args.ebrm, pairs)
+    every = read_pairs(args.data)
+    pairs = [pair for pair in every if pair.split == args.part][: args.limit]
+    fit_on = [pair for pair in every if args.fit and pair.split == "dev"]
+    if args.fit and (args.part == "dev" or not fit_on):
+        raise ConfigError("--fit takes the part dev for the cuts: --data needs one, and --part another")
+    report = agreement_report(args.ebrm, pairs, fit_on=fit_on)
     if args.json:
         _print_json(report)
         return OK
     print(f"EBRM {report['model']} against gold steps, {report['num_pairs']} pairs, part {args.part}")
+    print("cuts " + ", ".join(f"{name} {value:.4f}" for name, value in report["thresholds"].items()))
     for name, numbers in report["slices"].items():
         print(f"{name:<14}" + "".join(f"  {key} {value:.4g}" for key, value in numbers.items()))
     return OK
@@ -275,6 +280,9 @@ def _add_asking(commands: Any) -> None:
     evaluate = _add(commands, "eval", _eval, "measure a model on labelled pairs")
     evaluate.add_argument("--model", help="folder `final` of a run, or any causal language model")
     evaluate.add_argument("--ebrm", type=Path, help="instead: hold this EBRM's verdicts against gold steps of --data")
+    evaluate.add_argument(
+        "--fit", action="store_true", help="with --ebrm: first fit its cuts on gold steps of part dev"
+    )
     evaluate.add_argument("--data", help="labelled pairs (default: the generated catalogue the model was trained with)")
     evaluate.add_argument("--part", choices=SPLITS, default="test", help="part of the catalogue")
     evaluate.add_argument("--limit", type=int, default=None, help="measure the first pairs only")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,11 +132,46 @@ def agreement(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> dict[str, float]
     return shares | {f"num_{name}": float(count) for name, count in counts.items()}
 
 
-def agreement_report(folder: str | Path, pairs: Sequence[Pair]) -> dict[str, Any]:
+def fit_cuts(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> EbrmVerifier:
+    """Return the verifier with cuts of its verdicts that are fitted on gold steps, of pairs that nothing is measured on.
+
+    A model that was trained on labels alone has the cuts of an unfitted one, which may call no type constrained at all. The
+    model is changed in memory, not in its folder. Each cut: see `recis.ebrm.calibrate.fit_verdict_thresholds`.
+    """
+    from recis.ebrm.calibrate import fit_verdict_thresholds
+
+    columns: dict[str, list[float]] = {
+        name: [] for name in ("g", "met", "category_g", "category_met", "s_none", "is_free")
+    }
+    for pair in pairs:
+        explanation = verifier.explain(pair)
+        if pair.steps is None or pair.steps.attributes is None or explanation is None or explanation.is_approximate:
+            continue
+        for truth in explanation.types:
+            if truth.type == explanation.category_type:
+                columns["category_g"].append(truth.g)
+                columns["category_met"].append(pair.steps.category == "match")
+                continue
+            said = pair.steps.attributes.get(truth.type)
+            columns["s_none"].append(truth.s_none)
+            columns["is_free"].append(said is None)
+            if said is not None and truth.has_value:
+                columns["g"].append(truth.g)
+                columns["met"].append(said == "ok")
+    verifier.model.thresholds = fit_verdict_thresholds(**{name: np.array(own) for name, own in columns.items()})
+    return EbrmVerifier(model=verifier.model, items=verifier.items)  # what was explained has the old cuts
+
+
+def agreement_report(folder: str | Path, pairs: Sequence[Pair], *, fit_on: Sequence[Pair] = ()) -> dict[str, Any]:
     """Return the agreement of a trained EBRM with the gold steps of pairs: "all", and by family.
 
-    Also "judged", the share of pairs with gold steps on which it gives verdicts at all, and "always_match", what the
-    constant verdict match would get right of the categories.
+    Also "judged", the share of pairs with gold steps on which it gives verdicts at all, and "always_match" and "always_ok",
+    what constant verdicts would get right of categories and attributes.
+
+    Args:
+        folder: of `recis ebrm train`.
+        pairs: with gold steps; others are left out.
+        fit_on: pairs of other queries whose gold steps the cuts are fitted on; none keeps the model's own.
 
     Raises:
         ConfigError: see `load_verifier`.
@@ -144,19 +180,24 @@ def agreement_report(folder: str | Path, pairs: Sequence[Pair]) -> dict[str, Any
     known = [pair for pair in pairs if pair.steps is not None]
     if not known:
         raise DataError("no pair has gold steps", column="steps", option="give pairs with steps, or another part")
-    verifier = load_verifier(folder, known)
+    verifier = load_verifier(folder, [*known, *fit_on])
+    verifier = fit_cuts(verifier, fit_on) if fit_on else verifier
     slices = {"all": known} | {name: [pair for pair in known if pair.family == name] for name in FAMILIES}
     found = {}
     for name, part in slices.items():
         if part:
             judged = sum(verifier.verdicts(pair) is not None for pair in part)
-            constant = sum(pair.steps is not None and pair.steps.category == "match" for pair in part)
+            names = verifier.model.config.schema.names
+            steps = [pair.steps for pair in part if pair.steps is not None]
+            given = [said for own in steps for name, said in (own.attributes or {}).items() if name in names]
             found[name] = {
                 **agreement(verifier, part),
                 "judged": judged / len(part),
-                "always_match": constant / len(part),
+                "always_match": sum(own.category == "match" for own in steps) / len(steps),
+                "always_ok": given.count("ok") / len(given) if given else NAN,
             }
-    return {"model": verifier.model.version, "num_pairs": len(known), "slices": found}
+    cuts = verifier.model.thresholds.to_json()
+    return {"model": verifier.model.version, "num_pairs": len(known), "thresholds": cuts, "slices": found}
 
 
 def load_verifier(folder: str | Path, pairs: Sequence[Pair]) -> EbrmVerifier:

@@ -142,6 +142,7 @@ def train_sft(
         adam_beta2=0.999,
         max_length=None,
         completion_only_loss=True,
+        include_num_input_tokens_seen="non_padding",
     )
     data = Dataset.from_list([{"prompt": prompt, "completion": text} for prompt, text in rows])
     trainer = RelevanceSFTTrainer(

@@ -73,12 +73,13 @@ class RelevanceSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what Trainer has, and the plain cross-entropy of each part on this rank's rows."""
+        """Log what Trainer has, tokens under TRL's name, and the plain cross-entropy of each part on this rank's rows."""
+        logs["num_tokens"] = self.state.num_input_tokens_seen
         if self._parts:
             sums, counts = torch.stack(self._parts).sum(0)
             logs |= mean_parts(sums.tolist(), counts.tolist(), has_prompt=bool(self.weights.prompt))
             self._parts.clear()
-        super(SFTTrainer, self).log(logs, start_time)
+        super(SFTTrainer, self).log(logs)  # with a start time Trainer would mix its speeds into every line
 
 
 def mean_parts(sums: Sequence[float], counts: Sequence[float], *, has_prompt: bool) -> dict[str, float]:

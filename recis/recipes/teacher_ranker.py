@@ -1,9 +1,11 @@
 """What a grading language model is worth to a ranker: as columns, as soft targets, as both, against labels alone.
 
-    labels alone        DeepFM on words of query and title; y = 1 where the grade is 3 or 4
-    + teacher columns   and log p_1 .. log p_4, expected grade, entropy: the teacher is asked while serving
-    + soft targets      (1 - w) own loss + w T^2 KL to the teacher's P(grade >= 3); it is not needed afterwards
-    + both
+    labels alone        DeepFM on words of query and title; y = 1 where the grade is 3 or 4; labelled rows
+    + teacher columns   and log p_1 .. log p_4, expected grade, entropy: the teacher is asked while serving; labelled rows
+    + soft targets      (1 - w) own loss + w T^2 KL to the teacher's P(grade >= 3), also where a row has no label
+    + both              the columns, and soft targets
+
+Labels are dear and the teacher's grades are not: `num_labelled` rows keep their label, the others have the teacher alone.
 
 `data` is a folder with two files that the package relevance writes: pairs.parquet (`relevance data`) and teacher.parquet
 (`relevance export --part dev test`, which refuses queries that the teacher was trained on). The ranker learns on the part dev
@@ -11,7 +13,7 @@ and is measured on the part test, so no query and no item is known to teacher or
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,13 +48,27 @@ RANKERS: Mapping[str, tuple[bool, bool]] = {
 """Name -> whether it reads the teacher's columns, whether it learns from the teacher's probabilities."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the rankers share; see `teacher_ranker`."""
+
+    folder: Path
+    """With the files of `write_rows`."""
+    weight: float = 0.5
+    temperature: float = 2.0
+    epochs: int = 4
+    labelled_epochs: int = 12
+
+
 def teacher_ranker(
     *,
     data: str | None,
     out: Path,
+    num_labelled: int = 400,
     weight: float = 0.5,
     temperature: float = 2.0,
     epochs: int = 4,
+    labelled_epochs: int = 12,
     seeds: int = 3,
     seed: int = 0,
 ) -> TrainConfig:
@@ -61,9 +77,11 @@ def teacher_ranker(
     Args:
         data: folder with pairs.parquet and teacher.parquet.
         out: the run folder.
+        num_labelled: train rows that keep their label.
         weight: of the teacher in the loss, in [0, 1].
         temperature: of both sides of the divergence.
-        epochs: passes over the train rows.
+        epochs: passes over all train rows, of the rankers with soft targets.
+        labelled_epochs: passes over the labelled rows, of the others.
         seeds: seeds that the rankers are compared over; 0 leaves the comparison out.
         seed: of the first.
 
@@ -77,15 +95,20 @@ def teacher_ranker(
             f"--data {data}: recipe 'teacher_ranker' needs a folder with pairs.parquet (relevance data) and teacher.parquet "
             "(relevance export --part dev test)"
         )
-    rows = out / "data"
-    write_rows(folder, rows)
-    config = ranker_run("+ soft targets", rows, weight=weight, temperature=temperature, epochs=epochs, seed=seed)
-    after = partial(print_comparison, folder=rows, weight=weight, temperature=temperature, epochs=epochs, seeds=seeds)
-    return replace(config, after=after if seeds else None)
+    settings = Settings(
+        folder=out / "data", weight=weight, temperature=temperature, epochs=epochs, labelled_epochs=labelled_epochs
+    )
+    write_rows(folder, settings.folder, num_labelled=num_labelled)
+    after = partial(print_comparison, settings=settings, seeds=seeds)
+    return replace(ranker_run("+ soft targets", settings, seed=seed), after=after if seeds else None)
 
 
-def write_rows(folder: Path, out: Path) -> None:
-    """Join pairs and teacher by query and item, and write train.parquet (part dev) and test.parquet (part test)."""
+def write_rows(folder: Path, out: Path, *, num_labelled: int) -> None:
+    """Join pairs and teacher by query and item, and write the ranker's files.
+
+    train.parquet has the part dev, of which num_labelled rows, evenly spread, keep their label; labelled.parquet has those
+    alone; test.parquet has the part test.
+    """
     out.mkdir(parents=True, exist_ok=True)
     pairs = pq.read_table(
         folder / "pairs.parquet", columns=["id", "query_id", "query", "item_id", "item", "label", "split"]
@@ -114,15 +137,22 @@ def write_rows(folder: Path, out: Path) -> None:
             "teacher": np.exp(said[:, GOOD_GRADE - 1 : 4]).sum(1).clip(0.0, 1.0),
             **{column: said[:, at] for at, column in enumerate(TEACHER)},
         }
+        if name == "train":
+            kept = np.unique(np.linspace(0, len(own) - 1, min(num_labelled, len(own)), dtype=np.int64))
+            pq.write_table(pa.table(table).take(kept), out / "labelled.parquet", row_group_size=128)
+            hidden = np.ones(len(own), bool)
+            hidden[kept] = False
+            table["good"] = pa.array(table["good"], mask=hidden)
         pq.write_table(pa.table(table), out / f"{name}.parquet", row_group_size=512)
 
 
-def ranker_run(name: str, folder: Path, *, weight: float, temperature: float, epochs: int, seed: int) -> TrainConfig:
+def ranker_run(name: str, settings: Settings, *, seed: int) -> TrainConfig:
     """Return the run of one of RANKERS on the rows of a folder."""
     has_columns, is_taught = RANKERS[name]
+    rows, epochs = ("train", settings.epochs) if is_taught else ("labelled", settings.labelled_epochs)
     columns = (
         Ids("query_words"), Ids("title_words"), *(Dense(column) for column in TEACHER),
-        Dense("teacher"), Label("good"), Group("query"),
+        Dense("teacher"), Label("good", optional=True), Group("query"),
     )  # fmt: skip
     features = (
         FeatureSpec(name="query_words", kind="sparse"),
@@ -133,7 +163,7 @@ def ranker_run(name: str, folder: Path, *, weight: float, temperature: float, ep
         FeatureSpec(name="query", kind="group"),
     )
     train = DataConfig(
-        paths=(str(folder / "train.parquet"),), format="parquet", columns=columns, batch_size=128,
+        paths=(str(settings.folder / f"{rows}.parquet"),), format="parquet", columns=columns, batch_size=64,
         shuffle_rows=16_384, epochs=epochs, seed=seed,
     )  # fmt: skip
     # one table for both: a word of the query and the same word of a title have one row, so their product starts above 0
@@ -145,12 +175,14 @@ def ranker_run(name: str, folder: Path, *, weight: float, temperature: float, ep
         optimizer=Adam(lr=LR),
     )
     dense = tuple(map(DenseInput, TEACHER)) if has_columns else ()
-    distilled = Distilled(column="teacher", weight=weight, temperature=temperature)
+    distilled = Distilled(column="teacher", weight=settings.weight, temperature=settings.temperature)
     return TrainConfig(
         name="teacher_ranker",
         model=DeepFMConfig(tables=(table,), dense=dense, hidden=(64, 32), seed=seed),
         train_data=train,
-        eval_data=replace(train, paths=(str(folder / "test.parquet"),), shuffle_rows=0, batch_size=2048, epochs=1),
+        eval_data=replace(
+            train, paths=(str(settings.folder / "test.parquet"),), shuffle_rows=0, batch_size=2048, epochs=1
+        ),
         features=features,
         loss=distilled if is_taught else binary_loss,
         metrics=(ExactAuc(), Gauc(), LogLoss(), Ne()),
@@ -160,24 +192,24 @@ def ranker_run(name: str, folder: Path, *, weight: float, temperature: float, ep
     )
 
 
-def print_comparison(
-    trainer: Trainer, out: Path | None, *, folder: Path, weight: float, temperature: float, epochs: int, seeds: int
-) -> None:
+def print_comparison(trainer: Trainer, out: Path | None, *, settings: Settings, seeds: int) -> None:
     """Train all rankers with each seed and print their metrics on the test part, and the teacher's own."""
     del out
     first = trainer.config.seed
     results: dict[str, list[Mapping[str, float]]] = {}
     for name in RANKERS:
         for seed in range(first, first + seeds):
-            config = ranker_run(name, folder, weight=weight, temperature=temperature, epochs=epochs, seed=seed)
-            run = Trainer(config, quiet=True)
+            run = Trainer(ranker_run(name, settings, seed=seed), quiet=True)
             run.train()
             results.setdefault(name, []).append(run.state.metrics)
-    test = pq.read_table(folder / "test.parquet", columns=["good", "teacher"])
+    test = pq.read_table(settings.folder / "test.parquet", columns=["good", "teacher"])
     teacher = ExactAuc()
     teacher.update(torch.tensor(test["teacher"].to_numpy()), torch.tensor(test["good"].to_numpy()).float())
-    num_rows = pq.read_metadata(folder / "train.parquet").num_rows
+    num_rows, num_labelled = (
+        pq.read_metadata(settings.folder / f"{name}.parquet").num_rows for name in ("train", "labelled")
+    )
     print(
-        f"{num_rows:,} train rows, {len(test):,} test rows of other queries; the teacher alone: AUC {teacher.compute():.4f}"
+        f"{num_rows:,} train rows, {num_labelled:,} of them labelled; {len(test):,} test rows of other queries; "
+        f"the teacher alone: AUC {teacher.compute():.4f}"
     )
     print(comparison_table(results))

@@ -13,7 +13,7 @@ import torch
 from tiny_lm import MICRO, MICRO_RL, load_micro
 
 from recis.errors import ConfigError
-from relevance.demo import SHOWN, run_demo
+from relevance.demo import SHOWN, majority, run_demo
 from relevance.ladder import cells_of, find_preset, known_settings, run_ladder
 from relevance.ladder_rows import PRESETS, ROWS, Preset
 from relevance.methods import own_reward
@@ -45,6 +45,18 @@ class TestRows:
             override(default_config(row.recipe), row.settings)
             assert row.start is None or ROWS[row.start].start is None
 
+    def test_every_preset_can_be_configured_and_each_setting_reaches_a_row(self):
+        from recis.trainer.override import override
+
+        for preset in PRESETS.values():
+            reached = set()
+            for name in preset.rows:
+                config = default_config(ROWS[name].recipe)
+                known = known_settings(config, preset.settings)
+                override(config, [*known, *ROWS[name].settings])
+                reached.update(known)
+            assert reached == set(preset.settings), preset.name
+
     def test_starts_come_first_and_presets_know_their_rows(self):
         names = [cell.name for cell in cells_of(PRESETS["quick"], ("agrl", "dyknow"))]
         assert names == ["sft-s0", "agrl-s0", "sft_rag-s0", "dyknow-s0"]
@@ -65,7 +77,13 @@ def test_cells_run_once_and_the_table_has_their_numbers(tmp_path):
     out, said = tmp_path / "ladder", []
     left = run_ladder(TINY, out, deadline=time.monotonic() - 1, say=said.append)
     assert [cell.name for cell in left] == ["sft-s0", "grpo-s0", "sft_rag-s0", "dyknow-s0"]
+    deadline = time.monotonic() + 0.5
+    left = run_ladder(TINY, out, deadline=deadline, say=lambda line: time.sleep(max(0.0, deadline - time.monotonic())))
+    assert [cell.name for cell in left] == ["sft-s0", "grpo-s0", "sft_rag-s0", "dyknow-s0"]  # stopped within the first
+    assert (out / "cells" / "sft-s0" / "sft" / "checkpoint-1").is_dir()
     assert run_ladder(TINY, out, say=said.append) == []
+    log = [json.loads(line) for line in (out / "cells" / "sft-s0" / "sft" / "train.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))  # gone on with, not begun again
     report = json.loads((out / "ladder.json").read_text())
     rows = {row["row"]: row for row in report["rows"]}
     assert list(rows) == ["majority", "sft", "grpo", "sft_rag", "dyknow"]
@@ -87,12 +105,21 @@ def test_demo_prints_before_after_and_three_judgements(tmp_path):
     reports = run_demo(tmp_path / "demo", settings=[*MICRO_RL, "rl.max_steps=1"], say=said.append)
     text = "\n".join(said)
     assert all(title in text for _, title in SHOWN)
+    assert "always 4" in text
     assert text.count("because") == 3
     assert reports["before"].keys() == reports["after"].keys()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("x")
     with pytest.raises(ConfigError, match="holds no demo"):
         run_demo(tmp_path / "other", say=quiet)
+
+
+def test_the_majority_by_hand():
+    from graded_pairs import make_pair
+
+    found = majority([make_pair(label) for label in (2, 2, 4, 1)])
+    # F1 of label 2: 2 * 2 / (4 + 2) = 2/3; of 1 and 4: 0; 3 is absent
+    assert found == {"label": 2, "accuracy": 0.5, "macro_f1": pytest.approx(2 / 9)}
 
 
 class TestOwnReward:

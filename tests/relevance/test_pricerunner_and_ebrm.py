@@ -19,7 +19,7 @@ from recis.ebrm.scorer import QEScorer
 from relevance.catalog import CatalogConfig, make_catalog
 from relevance.cli import main
 from relevance.data import check_pairs
-from relevance.ebrm_verifier import EbrmVerifier, agreement, write_ebrm_folder
+from relevance.ebrm_verifier import EbrmVerifier, agreement, fit_cuts, write_ebrm_folder
 from relevance.files import read_pairs, write_rows
 from relevance.grammar import parse
 from relevance.labels import violations
@@ -236,6 +236,25 @@ def test_the_generated_catalogue_as_a_training_folder_of_ebrm(tmp_path):
     assert "colour" in found.schema.names
 
 
+def test_cuts_are_fitted_on_gold_by_hand():
+    """s of "no colour" is .7 for a query that wants one and .9 for one that does not: the default cut .5 calls both free."""
+    logits = {
+        **RED_BOOTS,
+        none_id("brand"): math.log(9.0),
+        none_id("colour"): math.log(7 / 3),
+        "colour:red": math.log(0.4 / 0.6),  # g .4 where it is met
+    }
+    items = {"i-a": boots(category="boots", colour="red"), "i-b": boots(category="boots", colour="blue")}
+    verifier = EbrmVerifier(model=ebrm(logits), items=items)
+    pairs = [make_pair(id="a", attributes={"colour": "ok"}), make_pair(2, id="b", attributes={"colour": "miss"})]
+    assert agreement(verifier, pairs)["num_constraints"] == 0
+    fitted = fit_cuts(verifier, pairs)
+    assert fitted.model.thresholds.constrained == pytest.approx(0.8, abs=1e-3)  # between .7 and .9
+    assert 0.01 < fitted.model.thresholds.ok < 0.4
+    found = agreement(fitted, pairs)
+    assert (found["attribute"], found["constraints"], found["num_constraints"]) == (1.0, 1.0, 2.0)
+
+
 class TestAgreementCommand:
     def pairs_file(self, tmp_path, pairs):
         write_rows(tmp_path / "pairs.jsonl", pairs)
@@ -267,6 +286,7 @@ class TestAgreementCommand:
             (["eval", "--model", "m", "--ebrm", "e"], 2, "one thing"),
             (["eval", "--ebrm", "e"], 2, "needs --data"),
             (["eval", "--ebrm", "e", "--data", source, "--part", "train"], 1, "no pair has gold steps"),
+            (["eval", "--ebrm", "e", "--data", source, "--fit"], 2, "--data needs one"),
             (["data", "--out", "x", "--for-ebrm", "--offers", "o"], 2, "generated catalogue"),
         ):
             assert main(arguments) == code

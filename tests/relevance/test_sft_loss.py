@@ -98,6 +98,10 @@ class TestWeightsOfARun:
     def test_a_fresh_model_reads_prompts_a_given_one_answers_alone(self, tmp_path):
         fresh = self.run(tmp_path, "fresh")
         assert all("cross_entropy/prompt" in entry for entry in fresh)
+        run = open_run("sft", out=tmp_path / "fresh", resume=True, say=lambda line: None)
+        lm = run.load(run.train_sft())
+        rows = run.sft_rows(run.task_of(lm))
+        assert fresh[-1]["num_tokens"] == sum(lm.num_tokens(p) + lm.num_tokens(text) + 1 for p, text in rows)
         model = str(tmp_path / "fresh" / "sft" / "final")
         given = self.run(tmp_path, "given", model=model)
         assert not any("cross_entropy/prompt" in entry for entry in given)
