@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recis.distributed.costs import Costs
+from recis.distributed.costs import OPS, Costs, LinkCost, OpCost
 from recis.distributed.replay import VOLUMES, Replay, ReplayedStep, Volumes
 from recis.distributed.shape import ModelShape
 from recis.distributed.step_time import Phase, hidden_s, phases_of_step
@@ -254,8 +254,6 @@ class _Sums:
 
 
 def _no_costs() -> Costs:
-    from recis.distributed.costs import OPS, LinkCost, OpCost
-
     return Costs(
         machine="",
         measured_at="",

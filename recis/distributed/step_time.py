@@ -121,7 +121,8 @@ def _gradients(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks
 
 def _dense(shape: ModelShape, costs: Costs, ranks: int, batch: float) -> Iterator[Phase]:
     fixed, per_sample = shape.dense_s
-    yield _gather("weights and losses", 2 * FLOAT_BYTES, costs, ranks)
+    if shape.dense_parameters or fixed or per_sample:
+        yield _gather("weights and losses", 2 * FLOAT_BYTES, costs, ranks)
     yield _still("dense part", np.full(ranks, fixed + per_sample * batch))
     if shape.dense_parameters:
         chunk = FLOAT_BYTES * -(-shape.dense_parameters // ranks)

@@ -98,7 +98,7 @@ def record(
         first = next(steps, None)
         if first is None:
             raise ConfigError(f"recipe {config.name!r}: its data has no samples; give --data")
-        epoch_samples = getattr(source, "num_samples", None)
+        epoch_samples = _epoch_samples(source)
         ids = ids_of(config, model, collections, first[0])
         shape = replace(_shape(config, model, ids), batch_size=_batch_size(config, first))
         if dense:
@@ -125,11 +125,17 @@ def record(
 
 
 def _source(config: TrainConfig) -> Any:
-    """Return what delivers the run's data; a DataConfig as a Reader of one epoch."""
+    """Return what delivers the run's data; a DataConfig as a Reader of one epoch, of a watched folder the files there now."""
     data = config.train_data
-    return (
-        Reader(replace(data, epochs=1), micro_batches=config.accumulate_steps) if isinstance(data, DataConfig) else data
-    )
+    if not isinstance(data, DataConfig):
+        return data
+    return Reader(replace(data, epochs=1, follow=None), micro_batches=config.accumulate_steps)
+
+
+def _epoch_samples(source: Any) -> int | None:
+    """Return the samples of one epoch; None where that is not known: a stream, or one window of several."""
+    is_window = isinstance(source, Reader) and source.config.window is not None
+    return None if is_window else getattr(source, "num_samples", None)
 
 
 def _batch_size(config: TrainConfig, first: Sequence[Batch]) -> int:

@@ -1,8 +1,11 @@
 """`recis plan` and `recis simulate` from the command line: recipes, traces, exit codes, one JSON object."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +19,8 @@ from recis.distributed.costs import OPS, Costs, LinkCost, OpCost
 from recis.distributed.trace import Trace
 from recis.embedding import EmbeddingBagCollection, TableConfig
 from recis.errors import ConfigError
+from recis.features import FeatureSpec
+from recis.io import DataConfig, Follow, Ids, Label, TimeWindow
 from recis.models import dlrm
 from recis.models.synthetic import SyntheticClicks
 from recis.recipes import zoo
@@ -253,3 +258,33 @@ def test_batches_that_ranks_cannot_share_are_noted(capsys):
     out = capsys.readouterr().out
     assert "3 ranks, 86 samples per rank" in out
     assert dlrm.synthetic().tables[0].name in out
+
+
+class OneTable(nn.Module):
+    """One pooled feature, summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = EmbeddingBagCollection([TableConfig(name="user", features=("user",), embedding_dim=4)], seed=0)
+
+    def forward(self, batch):
+        return self.rows(batch.sparse)["user"].sum(1, keepdim=True)
+
+
+def test_windows_and_watched_folders(tmp_path):
+    """A window is no epoch, and nobody waits for files that may come."""
+    days = np.repeat(np.arange(4) * 86_400, 25)
+    table = pa.table({"user": np.arange(100), "click": np.zeros(100), "time": days})
+    pq.write_table(table, tmp_path / "clicks.parquet")
+    data = DataConfig(
+        paths=(f"{tmp_path}/clicks.parquet",), format="parquet", columns=(Ids("user"), Label("click")), batch_size=10
+    )
+    features = (FeatureSpec(name="user", kind="sparse"), FeatureSpec(name="click", kind="label"))
+    config = TrainConfig(name="kept", model=OneTable, train_data=data, features=features)
+    whole = record(config, tmp_path / "t.parquet", dense=False)
+    assert (whole.samples, whole.epoch_samples, whole.is_whole) == (100, 100, True)
+    cut = replace(data, window=TimeWindow(start=0, stop=4 * 86_400, seconds=86_400, column="time", unit="s"))
+    windows = record(replace(config, train_data=cut), tmp_path / "t.parquet", dense=False)
+    assert (windows.samples, windows.epoch_samples, windows.is_whole) == (100, None, True)
+    watched = record(replace(config, train_data=replace(data, follow=Follow())), tmp_path / "t.parquet", dense=False)
+    assert watched.samples == 100
