@@ -14,6 +14,7 @@ from recis.distributed.simulate import simulate
 from recis.distributed.trace import Trace, TraceStep
 from recis.errors import ConfigError, nearest
 from recis.io import DataConfig
+from recis.io.lanes import check_split
 from recis.recipes import find_recipe
 from recis.scale.cli import rows_of
 from recis.scale.costs_file import known, measured
@@ -102,13 +103,8 @@ def _batch(config: TrainConfig, facts: RecipeFacts, world_size: int) -> tuple[in
     """Return the samples of a rank per step, and what to say of it."""
     total = facts.shape.batch_size or 1
     batch, notes = -(-total // world_size), []
-    needed = world_size * config.accumulate_steps
-    if total % needed and isinstance(config.train_data, DataConfig):
-        wanted = -(-total // needed) * needed
-        notes.append(
-            f"batch_size={total} is no multiple of {world_size} ranks x accumulate_steps={config.accumulate_steps}, which "
-            f"training needs; planned with {batch * world_size} samples: --set train_data.batch_size={wanted}"
-        )
+    if isinstance(config.train_data, DataConfig):
+        notes += _refused_by_training(config, config.train_data, world_size)
     if total < world_size:
         notes.append(
             f"batch_size={total} gives less than one sample per rank: more ranks than {total} train nothing faster"
@@ -116,6 +112,23 @@ def _batch(config: TrainConfig, facts: RecipeFacts, world_size: int) -> tuple[in
     if config.accumulate_steps > 1:
         notes.append(f"accumulate_steps={config.accumulate_steps}: planned as one lookup of the whole step")
     return batch, notes
+
+
+def _refused_by_training(config: TrainConfig, data: DataConfig, world_size: int) -> list[str]:
+    """Return why training would not start on so many ranks, as its reader says it."""
+    if world_size > 1 and data.follow is not None:
+        return ["training reads a watched folder in one process: it would refuse more ranks"]
+    try:
+        check_split(
+            batch_size=data.batch_size,
+            num_lanes=data.num_lanes,
+            rank=0,
+            world_size=config.parallel.parts_over(world_size),
+            micro_batches=config.accumulate_steps,
+        )
+    except ConfigError as error:
+        return [f"training would refuse this: {error}"]
+    return []
 
 
 def _uncounted(config: TrainConfig) -> list[str]:

@@ -21,11 +21,11 @@ from recis.embedding import EmbeddingBagCollection, TableConfig
 from recis.errors import ConfigError
 from recis.features import FeatureSpec
 from recis.io import DataConfig, Follow, Ids, Label, TimeWindow
-from recis.models import dlrm
 from recis.models.synthetic import SyntheticClicks
 from recis.recipes import zoo
 from recis.scale.cli import rows_of
 from recis.scale.ids import ids_of
+from recis.scale.planning import plan_recipe
 from recis.scale.recipe import record
 from recis.trainer import DenseAdagrad, TrainConfig
 from recis.trainer.build import build_model, find_collections
@@ -33,6 +33,9 @@ from recis.trainer.build import build_model, find_collections
 DLRM = "recis.recipes.zoo:dlrm"
 RECIPES = """
 from torch import nn
+from recis.embedding import EmbeddingBagCollection, TableConfig
+from recis.features import FeatureSpec
+from recis.io import DataConfig, Ids, Label
 from recis.models.synthetic import SyntheticClicks
 from recis.recipes import zoo
 from recis.trainer import TrainConfig
@@ -49,6 +52,22 @@ class Dense(nn.Module):
 
 def no_tables(*, data, out):
     return TrainConfig(name="no_tables", model=Dense, train_data=SyntheticClicks())
+
+
+class OneTable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = EmbeddingBagCollection([TableConfig(name="user", features=("user",), embedding_dim=4)], seed=0)
+
+    def forward(self, batch):
+        return self.rows(batch.sparse)["user"].sum(1, keepdim=True)
+
+
+def one_file(*, data, out):
+    columns = (Ids("user"), Label("click"))
+    read = DataConfig(paths=(data,), format="parquet", columns=columns, batch_size=10, num_lanes=60)
+    features = (FeatureSpec(name="user", kind="sparse"), FeatureSpec(name="click", kind="label"))
+    return TrainConfig(name="one_file", model=OneTable, train_data=read, features=features)
 
 
 def talkative(*, data, out):
@@ -253,13 +272,6 @@ def test_rows_as_text():
             rows_of([wrong])
 
 
-def test_batches_that_ranks_cannot_share_are_noted(capsys):
-    assert run(f"plan {DLRM} --world 3 --costs costs.json --samples 1000") == 0
-    out = capsys.readouterr().out
-    assert "3 ranks, 86 samples per rank" in out
-    assert dlrm.synthetic().tables[0].name in out
-
-
 class OneTable(nn.Module):
     """One pooled feature, summed."""
 
@@ -288,3 +300,33 @@ def test_windows_and_watched_folders(tmp_path):
     assert (windows.samples, windows.epoch_samples, windows.is_whole) == (100, None, True)
     watched = record(replace(config, train_data=replace(data, follow=Follow())), tmp_path / "t.parquet", dense=False)
     assert watched.samples == 100
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings", "message"),
+    [
+        (3, (), "training would refuse this: batch_size=10 must be a multiple of ranks times micro-batches, 3 x 1"),
+        (
+            5,
+            ("train_data.num_lanes=4",),
+            "training would refuse this: 5 ranks need at least as many lanes; num_lanes=4",
+        ),
+        (20, (), "batch_size=10 gives less than one sample per rank"),
+        (
+            5,
+            ("parallel.parts=4",),
+            "training would refuse this: parallel.parts=4 must be a multiple of the 5 processes",
+        ),
+        (2, ("accumulate_steps=5",), "accumulate_steps=5: planned as one lookup of the whole step"),
+    ],
+)
+def test_what_training_would_refuse_is_noted(tmp_path, world_size, settings, message):
+    pq.write_table(pa.table({"user": np.arange(100), "click": np.zeros(100)}), tmp_path / "clicks.parquet")
+    found = plan_recipe(
+        "scale_recipes:one_file",
+        world_size=world_size,
+        data=str(tmp_path / "clicks.parquet"),
+        settings=settings,
+        costs=tmp_path / "costs.json",
+    )
+    assert message in "\n".join(found.notes)
