@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 ENGINE = {
     "engine", "trainer", "guided_rollouts", "token_head",
     "training_run", "sampling_stage", "preference_stage", "step_verifiers",
-    "serve", "judge", "export", "demo", "ladder", "ladder_report",
+    "serve", "judge", "export", "demo", "ladder", "ladder_report", "sft_loss",
 }  # fmt: skip
 """Modules that may import the training framework, or those that do."""
 CORE = sorted(path.stem for path in (ROOT / "relevance").glob("*.py") if path.stem not in {"__init__", "cli", *ENGINE})
