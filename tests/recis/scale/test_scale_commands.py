@@ -80,6 +80,7 @@ def talkative(*, data, out):
 def _folder(tmp_path, monkeypatch):
     """Stand in an empty folder with costs by hand and a few recipes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     costs = Costs(
         machine="by hand",
