@@ -24,6 +24,7 @@ RECIPES = {
     "retail_hstu": "recis.recipes.retail_sequence:retail_hstu",
     "retail_sasrec": "recis.recipes.retail_sequence:retail_sasrec",
     "retail_towers": "recis.recipes.retail_towers:retail_towers",
+    "teacher_ranker": "recis.recipes.teacher_ranker:teacher_ranker",
 }
 
 
