@@ -186,6 +186,7 @@ def test_the_run_trains_every_stage_and_prints_them(tmp_path, capsys):
     trainer = open_run(tmp_path / "run").trainer
     ends = np.searchsorted(Baskets(log).customer, 7, side="right")
     histories = Baskets(log).histories(int(ends), log.end)
+    assert histories is not None
     scores = item_scores(trainer, [[own] for own in histories], np.arange(log.num_items))[0]
     wanted = scores.sort(descending=True, stable=True).indices[:6].tolist()
     assert [row["StockCode"] for row in rows[12:]] == [log.stock_codes[item] for item in wanted]
