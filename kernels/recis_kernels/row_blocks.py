@@ -6,6 +6,7 @@
 States start at a multiple of 4 bytes, the id at one of 8, a row at one of 32 (a sector), a block at one of 64 (a cache
 line). Growth adds a block, so an address stays valid for the life of the store, and one update reads and writes one
 contiguous piece of memory. Blocks are mapped lazily: spare rows cost no memory until they are written.
+A bare row is weights alone: `RowBlocks.of_tensor` reads a contiguous [N, D] tensor as blocks, without a copy.
 """
 
 from collections.abc import Mapping, Sequence

@@ -63,10 +63,10 @@ Ranges = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ahead:
-    """A batch that was asked for before its turn: what each store was asked."""
+    """A batch that was asked for before its turn: per store its part, the part's offsets, and the lookup under way."""
 
     batch: KeyedJaggedTensor
-    asked: list[Asked]
+    parts: list[tuple[KeyedJaggedTensor, Tensor, Asked]]
 
 
 class _Collection(nn.Module):
@@ -204,12 +204,13 @@ class _Collection(nn.Module):
         if ahead is not None:
             self._ahead.remove(ahead)
         for place, plan in enumerate(self._plan(batch.keys)):
-            part, offsets, ranges = self._cut(plan, batch)
             if plan.store.exchange is not None:
                 self._latest = batch
             if ahead is not None:
-                found = ahead.asked[place].look_up(train=self.training, source=self)
+                part, offsets, asked = ahead.parts[place]
+                found = asked.look_up(train=self.training, source=self)
             else:
+                part, offsets, ranges = self._cut(plan, batch)
                 found = plan.store.lookup(ranges, train=self.training, source=self)
             out |= self._outputs(plan, part, offsets, found)
         return {name: out[name] for name in self.features}
@@ -236,23 +237,24 @@ class _Collection(nn.Module):
 
         Every rank must say so of its own, and every table be shared (recis.distributed.tables).
         """
-        asked = []
+        parts = []
         for plan in self._plan(batch.keys):
             assert plan.store.exchange is not None
-            asked.append(plan.store.exchange.ask(self._cut(plan, batch)[2]))
-        self._ahead.append(_Ahead(batch, asked))
+            part, offsets, ranges = self._cut(plan, batch)
+            parts.append((part, offsets, plan.store.exchange.ask(ranges)))
+        self._ahead.append(_Ahead(batch, parts))
 
     def send_ahead(self) -> None:
         """Let the ids of such batches travel, once their numbers are there; every rank must."""
         for ahead in self._ahead:
-            for asked in ahead.asked:
+            for _, _, asked in ahead.parts:
                 asked.start_ids()
 
     def forget_ahead(self, batch: KeyedJaggedTensor | None = None) -> None:
         """Give up what was asked for a batch that was not looked up (None: for any); every rank must."""
         for ahead in [one for one in self._ahead if batch is None or one.batch is batch]:
             self._ahead.remove(ahead)
-            for asked in ahead.asked:
+            for _, _, asked in ahead.parts:
                 asked.drop()
 
     def _outputs(

@@ -122,20 +122,22 @@ class ParallelRun:
         self._asks_ahead = [one for one in self._trainer.collections if one.looked_up(batch.sparse)]
 
     def end_steps(self) -> None:
-        """Take back what was asked for a step that will not come."""
+        """Take back what was asked for a step that will not come, and write the times of a run of few steps."""
         self.following = None
         for collection in self._trainer.collections:
             collection.forget_ahead()
+        self._write_timeline()
 
     def _note_timeline(self) -> None:
-        if not self.ranks.timeline.is_on:
-            return
         self._timed_until -= 1
         if self._timed_until == 0:
-            self.ranks.timeline.is_on = False
-            out = self._trainer.state.run
-            if out is not None:
-                self.ranks.timeline.write(out / f"timeline-{self.ranks.rank}.json")
+            self._write_timeline()
+
+    def _write_timeline(self) -> None:
+        timeline, out = self.ranks.timeline, self._trainer.state.run
+        if timeline.is_on and out is not None:
+            timeline.write(out / f"timeline-{self.ranks.rank}.json")
+        timeline.is_on = False
 
     def _totals(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, int]:
         """Return the weight of the global batch, float32, and its samples."""
