@@ -193,6 +193,11 @@ class TableExchange:
         self._outbox = Memory(self._dim)
         self._sums: list[Memory] = []
 
+    @property
+    def world_size(self) -> int:
+        """How many ranks share the rows."""
+        return self._ranks.world_size
+
     # ---- what owners decide together
 
     def sum_of_squares(self, squares: Tensor) -> Tensor:

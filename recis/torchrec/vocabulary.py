@@ -81,7 +81,7 @@ class FixedVocabulary(nn.Module):
 def require_all_rows(table: HashTable) -> None:
     """Raise ConfigError where other processes hold rows of a table whose ids are to become a vocabulary."""
     exchange: Any = table.store.exchange
-    if exchange is not None and exchange._ranks.world_size > 1:
+    if exchange is not None and exchange.world_size > 1:
         raise ConfigError(
             f"table {table.name!r}: its rows are shared by several processes; save a checkpoint, and load it in one process"
         )
