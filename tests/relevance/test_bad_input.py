@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_lm import MICRO_RL, load_micro, make_trainer, save_micro, small_task
+from tiny_lm import MICRO_RL, make_trainer, small_task
 
 from recis.errors import ConfigError, DataError
 from relevance.cli import main
@@ -23,16 +23,6 @@ from relevance.reward_calls import RewardError
 from relevance.training_run import open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_micro(tmp_path_factory.mktemp("micro"), small_task())
-
-
-@pytest.fixture
-def lm(folder):
-    return load_micro(folder)
 
 
 def raises(parsed, pairs):

@@ -16,16 +16,6 @@ from relevance.rewards import Rewards, outcome
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_micro(tmp_path_factory.mktemp("micro"), small_task())
-
-
-@pytest.fixture
-def lm(folder):
-    return load_micro(folder)
-
-
 def right_or_wrong(task, right):
     """Return rollout number -> the oracle's answer, or one with another label, after a pattern of bits."""
 
