@@ -59,8 +59,9 @@ class ThreadRanks(Ranks):
         filled = torch.cat(taken)
         return Travelling(self, filled if out is None else out.copy_(filled), None, what)
 
-    def start_all_gather(self, given: Tensor, what: str) -> Travelling:
-        return Travelling(self, torch.stack(self.meeting.exchange(self.rank, given.clone(), what)), None, what)
+    def start_all_gather(self, given: Tensor, what: str, *, out: Tensor | None = None) -> Travelling:
+        filled = torch.stack(self.meeting.exchange(self.rank, given.clone(), what))
+        return Travelling(self, filled if out is None else out.copy_(filled), None, what)
 
     def gather_objects(self, item: Any, what: str, *, group: Any = None) -> list[Any]:
         return self.meeting.exchange(self.rank, item, what)

@@ -223,7 +223,7 @@ def _load_table(
     rank: int,
     world_size: int,
 ) -> None:
-    slices = rank_slices(rank, world_size)
+    slices = rank_slices(rank, world_size) if table.slices is None else table.slices
     age = manifests[-1].step if rebase_steps else 0
     table.clear()
     if name in manifests[0].tables:

@@ -71,21 +71,23 @@ def write_parts(
     *,
     rank: int,
     world_size: int,
+    slices: Slices | None = None,
     pool: ThreadPoolExecutor,
 ) -> dict[str, FileEntry]:
     """Write each dict of fields, "ids" among them, into a file of its own; returns the manifest entries.
 
-    The memory of a part is free again when PARTS_IN_FLIGHT more have been asked for.
+    The memory of a part is free again when PARTS_IN_FLIGHT more have been asked for. `slices`: those that the rank owns of
+    this table; None: as `rank_slices` says.
 
     Raises:
         CheckpointError: an id is not the rank's, or a file cannot be written.
     """
-    slices = rank_slices(rank, world_size)
+    slices = rank_slices(rank, world_size) if slices is None else slices
     entries: dict[str, FileEntry] = {}
     waiting: list[tuple[str, Future[FileEntry]]] = []
     try:
         for part, fields in enumerate(parts):
-            _check_owner(table, fields["ids"], rank, world_size)
+            _check_owner(table, fields["ids"], slices, f"rank {rank} of {world_size}")
             name = file_name("table", table, rank, world_size, part)
             if len(waiting) == PARTS_IN_FLIGHT:
                 done, future = waiting.pop(0)
@@ -142,16 +144,16 @@ def read_tombstones(checkpoint: Path, manifest: Manifest, table: str, slices: Sl
     return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
 
 
-def _check_owner(table: str, ids: Tensor, rank: int, world_size: int) -> None:
-    if world_size == 1:
+def _check_owner(table: str, ids: Tensor, own: Slices, who: str) -> None:
+    if own == ALL_SLICES:
         return
-    first, stop = rank_slices(rank, world_size)
+    first, stop = own
     slices = slice_of(ids)
     foreign = ((slices < first) | (slices >= stop)).nonzero()
     if foreign.numel():
         at = int(foreign[0, 0])
         raise CheckpointError(
-            f"table {table!r}: id {int(ids[at])} has slice {int(slices[at])}, rank {rank} of {world_size} owns "
+            f"table {table!r}: id {int(ids[at])} has slice {int(slices[at])}, {who} owns "
             f"[{first}, {stop}); a rank saves the ids of its own slices only"
         )
 

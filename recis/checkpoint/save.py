@@ -296,7 +296,8 @@ def write_rank(captured: Captured, tmp: Path, *, rank: int, world_size: int, gen
         for name, snapshot in captured.tables.items():
             tables[name] = entry = _table_entry(snapshot, is_delta=captured.base is not None)
             parts = _parts(snapshot, rows_per_part(entry.row_bytes), gentle=gentle)
-            files.update(write_parts(tmp, name, parts, rank=rank, world_size=world_size, pool=pool))
+            own = snapshot.slices
+            files.update(write_parts(tmp, name, parts, rank=rank, world_size=world_size, slices=own, pool=pool))
             files.update(_write_rest(tmp, name, snapshot, rank, world_size, is_delta=captured.base is not None))
     for name, (text, tensors) in captured.trees.items():
         file = f"{name}-{of}.safetensors"
@@ -364,7 +365,7 @@ def _write_rest(
 ) -> dict[str, FileEntry]:
     """Write what a table has beside rows: what admission counted and, in a delta, the tombstones."""
     files: dict[str, FileEntry] = {}
-    slices = rank_slices(rank, world_size)
+    slices = rank_slices(rank, world_size) if snapshot.slices is None else snapshot.slices
     # the log of changes ends at every checkpoint: what it says stands in the tombstones and rows of a delta
     admission = {key: value for key, value in snapshot.admission.items() if not key.startswith("log.")}
     if admission:

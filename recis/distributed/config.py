@@ -10,6 +10,33 @@ RowsDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where the rows of tables lie among the ranks; values are the same wherever they lie.
+
+    A table that is named nowhere is sliced: each rank owns the ids of its slices.
+    """
+
+    table_wise: tuple[str, ...] = ()
+    """Tables that one rank owns whole; they are dealt to the ranks in turn."""
+    data_parallel: tuple[str, ...] = ()
+    """Small tables of which every rank has a copy of all rows; gradients meet at a row's owner, new rows go to all."""
+    hot_ids: int = 0
+    """Ids, of all sliced tables with rows of one shape together, of which every rank has a copy: those most ranks ask for."""
+    hot_every_steps: int = 1000
+    """Steps between two choices of the hot ids; the first choice is after 10 steps."""
+
+    def __post_init__(self) -> None:
+        twice = sorted(set(self.table_wise) & set(self.data_parallel))
+        if twice:
+            raise ConfigError(f"Places: table {twice[0]!r} is both table_wise and data_parallel; name it once")
+        if self.hot_ids < 0 or self.hot_every_steps < 1:
+            raise ConfigError(
+                "Places: hot_ids must be at least 0, hot_every_steps at least 1; got "
+                f"{self.hot_ids}, {self.hot_every_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Parallel:
     """One run over the W processes that torchrun starts; a process alone is W = 1.
 
@@ -24,6 +51,13 @@ class Parallel:
     rows_dtype: RowsDtype = "float32"
     """Type in which rows and their gradients travel; sums and updates stay float32. bfloat16 rows always travel as such."""
 
+    places: Places = Places()
+    """Where the rows of tables lie: sliced unless it says otherwise."""
+    shard_dense: bool = False
+    """Deal the dense part to the ranks by torch's fully_shard (FSDP2): each keeps 1/W of its weights, gradients and
+    optimizer state. Needs deterministic=False where there is more than one process."""
+    unit_parameters: int = 1_000_000
+    """Parameters of the smallest submodule that is then gathered by itself, just for the time in which it runs."""
     overlap: bool = True
     """Read the next step's samples and send their ids to the owners while this step computes; values are the same."""
     link_delay_ms: float = 0.0
@@ -37,6 +71,8 @@ class Parallel:
                 "Parallel: link_delay_ms must be at least 0 and finite, timeline_steps at least 0; got "
                 f"{self.link_delay_ms}, {self.timeline_steps}"
             )
+        if self.unit_parameters < 1:
+            raise ConfigError(f"Parallel: unit_parameters must be at least 1; got {self.unit_parameters}")
         if self.parts is not None and self.parts < 1:
             raise ConfigError(f"Parallel: parts must be at least 1 or None; got {self.parts}")
         if not self.timeout_s > 0:

@@ -7,6 +7,7 @@
     gradients  this rank sums its positions per pair, in (sample, feature, position) --> all-to-all of sums --> the owner
                adds those of one row in ascending part and updates once
 
+Pairs of which this rank has a copy (see `copies`) are not asked for: `take` puts them behind those that came.
 `lookup` does the first four at once. Up to `start_ids` no table is read or changed, so a batch may be asked for while the
 step before it still runs; `answer` finds the rows as that step's update has left them, and values are the same.
 
@@ -17,20 +18,23 @@ gradients, each once, and both once more as far as they belong to other ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recis.distributed.agreement import lowest_of_all, sum_of_squares
+from recis.distributed.config import Places
+from recis.distributed.copies import Copies, Used
 from recis.distributed.owners import Dealt, Owners
-from recis.distributed.ranks import Ranks
+from recis.distributed.ranks import RankError, Ranks
+from recis.distributed.room import Memory, Received, round_rows
 from recis.distributed.travelling import Travelling
 from recis.embedding.lookups import StoreLookup
 from recis.embedding.rows import RowStore
 from recis_kernels.embedding_bag import row_gather
-from recis_kernels.host_memory import zeroed_bytes
+from recis_kernels.ids_partition import NUM_SLICES, slice_bounds
 from recis_kernels.row_blocks import RowBlocks
 from recis_kernels.row_grads import PendingLookup, RowGrad, reduce_lookups
 from recis_kernels.unique_ids import unique_ids
@@ -43,34 +47,6 @@ _SOURCES = 1 << 20  # more lookups of one collection between two updates than th
 _PIECES = 3  # sums of the ranks before this one, of this one, of those behind it
 
 
-class Received:
-    """Rows that a lookup brought from their owners: what pooling and backward see in place of the store."""
-
-    def __init__(self, dim: int) -> None:
-        self.memory = Memory(dim)
-        self.blocks = RowBlocks.of_tensor(self.memory.rows(0))
-        self.number = 0
-
-    def micro_batch(self, source: object) -> int:
-        """Return the number of this lookup among those of its collection since the last update."""
-        return self.number
-
-
-class Memory:
-    """Room for float32 rows [N, D] that is kept from step to step: new pages cost more than what is written to them."""
-
-    def __init__(self, dim: int) -> None:
-        self._rows = torch.empty(0, dim)
-        self.user: StoreLookup | None = None
-
-    def rows(self, num_rows: int) -> Tensor:
-        """Return room for num_rows rows; what was in it may be gone."""
-        if num_rows > self._rows.shape[0]:
-            dim = self._rows.shape[1]
-            self._rows = zeroed_bytes(4 * dim * (num_rows + num_rows // 4)).view(torch.float32).view(-1, dim)
-        return self._rows[:num_rows]
-
-
 @dataclass(slots=True, eq=False)
 class Asked:
     """The ids of one lookup on their way to the owners.
@@ -79,7 +55,8 @@ class Asked:
         exchange: where.
         dealt: the distinct (table, id) pairs of this rank by owner.
         inverse: int32 [L], position -> pair.
-        numbers: pairs from each rank of each table, [W, T], under way.
+        numbers: pairs from each rank of each table, [W, T], under way; with copies a column more, their generation.
+        generation: of the copies when it was asked.
         words: the ids and sightings that other ranks have for this one, once `start_ids` was called.
         per_table: the same, from then on.
     """
@@ -88,6 +65,7 @@ class Asked:
     dealt: Dealt
     inverse: Tensor
     numbers: Travelling
+    generation: int = 0
     words: Travelling | None = None
     per_table: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -148,10 +126,11 @@ class Sent:
     """One training lookup of this rank that waits for its gradients, and what it became at the owners.
 
     Attributes:
-        here: as pooling sees it; pairs of other ranks by rank, then this rank's own.
+        here: as pooling sees it; pairs of other ranks by rank, then this rank's own, then copied ones.
         there: what this rank looked up for all ranks as an owner; pairs by rank.
         send, receive: pairs for and from each rank.
         number: order of the lookup among all since the last update: by collection, then by time.
+        slots: int64 [C], of the copied pairs.
     """
 
     here: StoreLookup
@@ -159,6 +138,12 @@ class Sent:
     send: list[int]
     receive: list[int]
     number: int
+    slots: Tensor
+
+    def from_copies(self) -> Used:
+        """Return what it read from copies, without gradients."""
+        first = self.here.counts.numel() - self.slots.numel()
+        return Used(self.number, self.here.source, self.slots, self.here.counts[first:])
 
 
 @dataclass(slots=True)
@@ -177,11 +162,21 @@ class TableExchange:
         store: this rank's share of the rows, on the CPU.
         ranks: the job.
         rows_dtype: what rows and gradients travel as.
+        places: where the tables lie; names of tables of other stores in it mean nothing here.
     """
 
-    def __init__(self, store: RowStore, ranks: Ranks, *, rows_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        store: RowStore,
+        ranks: Ranks,
+        *,
+        rows_dtype: torch.dtype = torch.float32,
+        places: Places | None = None,
+    ) -> None:
         self._store, self._ranks = store, ranks
-        self._owners = Owners(ranks.world_size, store.num_tables, own=ranks.rank)
+        self.places = Places() if places is None else places
+        whole = self._whole_tables(self.places)
+        self._owners = Owners(ranks.world_size, store.num_tables, own=ranks.rank, whole=whole)
         self._tables = torch.arange(store.num_tables, dtype=torch.int32).repeat(ranks.world_size)
         self._sums_dtype = rows_dtype
         self._rows_dtype = torch.bfloat16 if store.layout.dtype == torch.bfloat16 else rows_dtype
@@ -192,6 +187,41 @@ class TableExchange:
         self._idle: list[Received] = []
         self._outbox = Memory(self._dim)
         self._sums: list[Memory] = []
+        self._copies = self._make_copies(self.places)
+
+    def _whole_tables(self, places: Places) -> dict[int, int]:
+        """Return the owner of each table of this store that one rank owns: they are dealt to the ranks in turn."""
+        turns = {name: turn % self._ranks.world_size for turn, name in enumerate(places.table_wise)}
+        return {k: turns[config.name] for k, config in enumerate(self._store.configs) if config.name in turns}
+
+    def _make_copies(self, places: Places) -> Copies | None:
+        names = [config.name for config in self._store.configs]
+        whole = tuple(k for k, name in enumerate(names) if name in places.data_parallel)
+        if self._ranks.world_size == 1 or not (whole or places.hot_ids):
+            return None
+        return Copies(
+            self._store,
+            self._ranks,
+            whole=whole,
+            hot_ids=places.hot_ids,
+            choose_every=places.hot_every_steps,
+            sliced=tuple(k for k in range(len(names)) if k not in whole and k not in self._owners.whole),
+            rows_dtype=self._rows_dtype,
+            sums_dtype=self._sums_dtype,
+        )
+
+    @property
+    def num_copies(self) -> int:
+        """Pairs (table, id) of which every rank has a copy now."""
+        return 0 if self._copies is None else self._copies.num_copies
+
+    def slices_of(self, table: int) -> tuple[int, int]:
+        """Return the slices [first, stop) of a table's ids that this rank owns."""
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        if table in self._owners.whole:
+            return (0, NUM_SLICES) if self._owners.whole[table] == rank else (0, 0)
+        first, stop = slice_bounds(world_size)[rank : rank + 2].tolist()
+        return first, stop
 
     @property
     def world_size(self) -> int:
@@ -222,14 +252,26 @@ class TableExchange:
         """Begin to look up ids [L] of ranges, see RowStore.lookup; every rank must do it, with no ids if it has none."""
         ids, offsets, tables = ranges
         unique = unique_ids(ids, tables, offsets)
-        dealt = self._owners.deal(unique.ids, unique.segments, unique.counts)
-        ones = [1] * self._ranks.world_size
-        numbers = self._ranks.start_all_to_all(dealt.counts, ones, ones, f"numbers of ids for {self._name}")
-        return Asked(self, dealt, dealt.places_of(unique.inverse), numbers)
+        return self._ask(unique.ids, unique.segments, unique.counts, unique.inverse)
+
+    def _ask(self, ids: Tensor, tables: Tensor, sightings: Tensor, inverse: Tensor) -> Asked:
+        """Begin to look up distinct pairs [U]; inverse int32 [L]: position -> pair."""
+        copies = self._copies
+        slots = None if copies is None else copies.find(ids, tables)
+        dealt = self._owners.deal(ids, tables, sightings, slots=slots)
+        ones, counts = [1] * self._ranks.world_size, dealt.counts
+        if copies is not None:
+            counts = torch.cat([counts, counts.new_full((counts.shape[0], 1), copies.generation)], 1)
+        numbers = self._ranks.start_all_to_all(counts, ones, ones, f"numbers of ids for {self._name}")
+        generation = 0 if copies is None else copies.generation
+        return Asked(self, dealt, dealt.places_of(inverse), numbers, generation)
 
     def start_ids(self, asked: Asked) -> Travelling:
         """Send each owner its ids and their sightings: one message per rank, two sightings in the place of an id."""
         asked.per_table = asked.numbers.wait()
+        if self._copies is not None:
+            generations, asked.per_table = asked.per_table[:, -1], asked.per_table[:, :-1]
+            self._check_generations(generations.tolist(), asked.generation)
         send, receive = self._without_own(asked.send), self._without_own(asked.receive)
         words = [number + (number + 1) // 2 for number in send]
         back = [number + (number + 1) // 2 for number in receive]
@@ -239,11 +281,14 @@ class TableExchange:
 
     def answer(self, asked: Asked, *, train: bool, source: object) -> Answer:
         """Look up, among the rows that lie here, what all ranks asked for, and let the rows travel."""
+        asked = self._with_copies_of_now(asked)
         asked.start_ids()
         bounds = torch.zeros(self._tables.numel() + 1, dtype=torch.int64)
         torch.cumsum(asked.per_table.reshape(-1), 0, out=bounds[1:])
         ids, sightings = self._asked_of_this(asked)
         there = self._store.look_up_own((ids, bounds, self._tables), train=train, source=source, counts=sightings)
+        if train and self._copies is not None:
+            self._copies.count(there.row_numbers, there.inverse)
         send, receive = asked.send, asked.receive
         before, own = sum(receive[: self._ranks.rank]), receive[self._ranks.rank]
         num_others = sum(receive) - own
@@ -251,10 +296,14 @@ class TableExchange:
         self._gather(there, slice(0, before), outbox[:before])
         self._gather(there, slice(before + own, None), outbox[before:])
         received = self._room(train=train)
-        rows = received.memory.rows(sum(send))
-        others = self._travel(outbox, rows[: sum(send) - own], receive, send, self._rows_dtype, "rows")
-        self._gather(there, slice(before, before + own), rows[sum(send) - own :])
-        _round(rows[sum(send) - own :], self._rows_dtype)
+        dealt, copied_from = asked.dealt, sum(send)
+        rows = received.memory.rows(dealt.ids.numel())
+        own_rows = rows[copied_from - own : copied_from]
+        others = self._travel(outbox, rows[: copied_from - own], receive, send, self._rows_dtype, "rows")
+        self._gather(there, slice(before, before + own), own_rows)
+        round_rows(own_rows, self._rows_dtype)
+        if self._copies is not None:
+            self._copies.gather(dealt.slots, rows[copied_from:])
         return Answer(asked, there, received, rows, others, train, source)
 
     def take(self, answer: Answer) -> StoreLookup:
@@ -281,8 +330,31 @@ class TableExchange:
             return here
         here.grads = PendingLookup(here.row_numbers, here.tables, here.counts)
         number = self._number(source, store)
-        self._pending.sent.append(Sent(here, answer.there, asked.send, asked.receive, number))
+        self._pending.sent.append(Sent(here, answer.there, asked.send, asked.receive, number, dealt.slots))
         return here
+
+    def _with_copies_of_now(self, asked: Asked) -> Asked:
+        """Return a lookup that was asked for when other rows were copied, as it would be asked for now."""
+        copies = self._copies
+        if copies is None or asked.generation == copies.generation:
+            return asked
+        dealt = asked.dealt
+        if not copies.all_kept_since(asked.generation):  # what is not copied any more must be asked for
+            asked.drop()
+            return self._ask(dealt.ids, dealt.tables, dealt.sightings, asked.inverse)
+        first = dealt.ids.numel() - dealt.slots.numel()
+        slots = copies.find(dealt.ids[first:], dealt.tables[first:])
+        if slots is not None:
+            asked.dealt = replace(dealt, slots=slots)
+        return asked
+
+    def _check_generations(self, theirs: list[int], own: int) -> None:
+        if theirs != [own] * len(theirs):
+            other = next(rank for rank, one in enumerate(theirs) if one != own)
+            raise RankError(
+                f"{self._name}: rank {other} has other copies of its rows than this one: rows were written or removed by "
+                "hand (insert, import_rows, remove, clear, evict_older_than) on some ranks only; do it on all of them"
+            )
 
     def num_waiting(self, source: object) -> int:
         """Return how many lookups of `source` have a gradient that no update has used."""
@@ -293,13 +365,13 @@ class TableExchange:
         assert asked.words is not None
         given, receive, rank = asked.words.wait().numpy(), asked.receive, self._ranks.rank
         ids, sightings = np.empty(sum(receive), np.int64), np.empty(sum(receive), np.int32)
-        own = asked.dealt.ids.numel() - receive[rank]
+        own = sum(asked.send) - receive[rank]
         at = first = 0
         for source, number in enumerate(receive):
             last = first + number
             if source == rank:
-                ids[first:last] = asked.dealt.ids.numpy()[own:]
-                sightings[first:last] = asked.dealt.sightings.numpy()[own:]
+                ids[first:last] = asked.dealt.ids.numpy()[own : own + number]
+                sightings[first:last] = asked.dealt.sightings.numpy()[own : own + number]
             else:
                 size = number + (number + 1) // 2
                 ids[first:last] = given[at : at + number]
@@ -352,8 +424,9 @@ class TableExchange:
         pending, self._pending = self._pending, _Pending()
         for sent in pending.sent:
             assert sent.here.grads is not None
-            num_others = sum(sent.send) - sent.send[self._ranks.rank]
-            room = self._room_for_sums(sum(sent.send), sent.there)
+            copied_from = sum(sent.send)
+            num_others = copied_from - sent.send[self._ranks.rank]
+            room = self._room_for_sums(copied_from + sent.slots.numel(), sent.there)
             summed = reduce_lookups([sent.here.grads], self._dim, out=room).views[0]
             sums, is_unreached = summed.grad, summed.inverse < 0
             assert sums is not None
@@ -361,9 +434,15 @@ class TableExchange:
             inbox = self._room_for_sums(num_back, sent.there)
             outbox = self._marked(sums[:num_others], is_unreached[:num_others])
             travelling = self._travel(outbox, inbox, sent.send, sent.receive, self._sums_dtype, "gradients")
-            own = _round(sums[num_others:], self._sums_dtype)
-            self._give_to_owner(sent, travelling.wait(), inbox, own, ~is_unreached[num_others:])
+            if self._copies is not None:
+                used = sent.from_copies()
+                self._copies.remember(replace(used, sums=sums[copied_from:], reached=~is_unreached[copied_from:]))
+            own = slice(num_others, copied_from)
+            round_rows(sums[own], self._sums_dtype)
+            self._give_to_owner(sent, travelling.wait(), inbox, sums[own], ~is_unreached[own])
             sent.here.applied = True
+        if self._copies is not None:
+            self._copies.send()
 
     def _room_for_sums(self, num_rows: int, user: StoreLookup) -> Tensor:
         """Return room that nobody uses until an update has consumed what is in it."""
@@ -417,18 +496,36 @@ class TableExchange:
         """Forget the gradients of lookups that were not sent yet, on every rank."""
         for sent in self._pending.sent:
             sent.here.applied = True
+            if self._copies is not None:  # what was looked up was seen all the same
+                self._copies.remember(sent.from_copies())
         self._pending = _Pending()
 
     def has_unsent(self) -> bool:
         """Whether a lookup since the last update got a gradient that was not sent."""
         return any(sent.here.has_gradient for sent in self._pending.sent)
 
+    # ---- copies
 
-def _round(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round rows in place to what they would be after a journey as `dtype`."""
-    if dtype != torch.float32:
-        rows.copy_(rows.to(dtype))
-    return rows
+    def settle(self) -> None:
+        """Tell the owners what the lookups of a step that ends without an update read from copies; every rank must."""
+        if self._copies is not None:
+            self.drop_gradients()
+            self._copies.send()
+
+    def end_step(self) -> None:
+        """Let the copies become what the owners' rows are after eviction; every rank must."""
+        if self._copies is not None:
+            self._copies.end_step()
+
+    def forget_copies(self) -> None:
+        """Copy nothing any more: rows were written or removed by hand; every rank must."""
+        if self._copies is not None:
+            self._copies.forget()
+
+    def finish(self) -> None:
+        """Wait for what still travels to the copies, before the group of ranks ends."""
+        if self._copies is not None:
+            self._copies.wait()
 
 
 def _pack(

@@ -98,11 +98,11 @@ class Ranks:
         """Return [W, ...]: the tensors of all ranks, which have one shape."""
         return self.start_all_gather(given, what).wait()
 
-    def start_all_gather(self, given: Tensor, what: str) -> Travelling:
-        """Start all_gather; see start_all_to_all."""
+    def start_all_gather(self, given: Tensor, what: str, *, out: Tensor | None = None) -> Travelling:
+        """Start all_gather; see start_all_to_all. `out`: [W, ...], contiguous, where to; None = new memory."""
         if self.world_size == 1:
             return Travelling(self, given.unsqueeze(0), None, what)
-        taken = given.new_empty((self.world_size, *given.shape))
+        taken = given.new_empty((self.world_size, *given.shape)) if out is None else out
         given = given.contiguous()
         with self.named(what):
             work = dist.all_gather(list(taken.unbind(0)), given, group=self.group, async_op=True)

@@ -68,6 +68,16 @@ class Exchange(Protocol):
 
     def among_lowest(self, scores: Tensor, last_seen: Tensor, ids: Tensor, num_rows: int) -> Tensor: ...
 
+    def slices_of(self, table: int) -> tuple[int, int]: ...
+
+    def settle(self) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def forget_copies(self) -> None: ...
+
+    def finish(self) -> None: ...
+
 
 class RowStore:
     """Rows of T tables of one signature.
@@ -298,14 +308,15 @@ class RowStore:
         Raises:
             ValueError: a gradient waits that no optimizer step has applied.
         """
-        records = self._records
         unsent = self.exchange is not None and self.exchange.has_unsent()
-        if unsent or any(record.has_gradient for record in records):
+        if unsent or any(record.has_gradient for record in self._records):
             raise ValueError(
                 f"step {self.step} of {self.describe()} ends with gradients that no update has applied: call "
                 "SparseOptimizer.step() before end_step, or zero_grad() to drop them"
             )
-        self._records = []
+        if self.exchange is not None:
+            self.exchange.settle()
+        records, self._records = self._records, []
         for record in records:
             self._write_metadata(record)
             record.applied = True
@@ -360,6 +371,8 @@ class RowStore:
         self.admission.expire(step=step, clock_s=self.clock.seconds)
         self.eviction.run(step, self.clock.seconds, tables)
         self.index.maintain()
+        if self.exchange is not None:
+            self.exchange.end_step()
         self.step = step + 1
 
     def has_ended(self, step: int) -> bool:
@@ -381,6 +394,11 @@ class RowStore:
         return self.totals.counters(table, now, size=size, allocated=self.blocks.capacity)
 
     # ---- taking rows away
+
+    def changed_by_hand(self) -> None:
+        """Say that rows were written or removed outside of a step: processes that share them copy none any more."""
+        if self.exchange is not None:
+            self.exchange.forget_copies()
 
     def evict(self, rows: Tensor) -> Tensor:
         """Take rows [N] away as an eviction: counted and reported; return their ids in (table, id) order."""

@@ -7,7 +7,7 @@
 Both serve all tables of a store at once. Counts change between steps only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,11 +42,11 @@ class ExactSightings:
         self._last_seen = torch.zeros(size, dtype=torch.int64)
         self._last_seen_s = torch.zeros(size, dtype=torch.int64)
 
-    def deal_limits(self, part: int, whole: int) -> None:
-        """Keep `part` of `whole` equal shares of each max_ids here; at least one id."""
-        limited = self._max_ids < torch.iinfo(torch.int64).max
-        dealt = [max(1, limit * part // whole) for limit in self._max_ids[limited].tolist()]
-        self._max_ids[limited] = torch.tensor(dealt, dtype=torch.int64)
+    def deal_limits(self, parts: Sequence[int], whole: int) -> None:
+        """Keep parts[t] of `whole` equal shares of the max_ids of each table t here; at least one id."""
+        for table, limit in enumerate(self._max_ids.tolist()):
+            if limit < torch.iinfo(torch.int64).max:
+                self._max_ids[table] = max(1, limit * parts[table] // whole)
 
     def counts(self, ids: Tensor, tables: Tensor) -> Tensor:
         """Return the sightings in earlier steps of (tables [N], ids [N]), int64 [N]."""

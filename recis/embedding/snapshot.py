@@ -146,6 +146,7 @@ class TableSnapshot:
         name: of the table.
         state, signature, admission: HashTable.state(), .signature() and .admission_state() of the boundary.
         tombstones: ids removed since the base, ascending; empty without a base.
+        slices: those of the table's ids that lie here; None where its rows are not shared with other processes.
         state_widths: width of each optimizer state vector.
     """
 
@@ -161,8 +162,10 @@ class TableSnapshot:
         signature: Mapping[str, Any],
         admission: Mapping[str, Tensor],
         tombstones: Tensor,
+        slices: tuple[int, int] | None = None,
     ) -> None:
         self.name = name
+        self.slices = slices
         self._ids = ids
         self._is_ordered = False
         self.state = dict(state)

@@ -51,6 +51,12 @@ class HashTable:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def slices(self) -> tuple[int, int] | None:
+        """The slices [first, stop) of its ids whose rows lie here; None where the rows are not shared with other processes."""
+        exchange = self.store.exchange
+        return None if exchange is None else exchange.slices_of(self.number)
+
     # ---- training
 
     def lookup(self, ids: Tensor, *, train: bool, step: int) -> tuple[Tensor, Tensor]:
@@ -215,6 +221,7 @@ class HashTable:
             signature=self.signature(),
             admission=self.admission_state(),
             tombstones=self.tombstones() if has_base else ids[:0],
+            slices=self.slices,
         )
 
     def signature(self) -> dict[str, Any]:

@@ -32,11 +32,10 @@ class StoreTotals:
         self.limits = np.array([none if config.max_rows is None else config.max_rows for config in configs])
         self.has_limits = any(config.max_rows is not None for config in configs)
 
-    def deal_limits(self, part: int, whole: int) -> None:
-        """Keep `part` of `whole` equal shares of each limit here; at least one row."""
-        limited = self.limits < np.iinfo(np.int64).max
-        dealt = [max(1, int(limit) * part // whole) for limit in self.limits[limited]]
-        self.limits[limited] = dealt
+    def deal_limits(self, parts: Sequence[int], whole: int) -> None:
+        """Keep parts[t] of `whole` equal shares of the limit of each table t here; at least one row."""
+        for table in np.flatnonzero(self.limits < np.iinfo(np.int64).max).tolist():
+            self.limits[table] = max(1, int(self.limits[table]) * parts[table] // whole)
 
     def add_step(self, outcomes: np.ndarray) -> None:
         """Add distinct ids of a step that ended, per table and outcome, int64 [T, 4]."""

@@ -123,6 +123,7 @@ def _written(store: "RowStore", table: int, ids: Tensor) -> None:
     store.logs[table].written(ids)
     store.eviction.reset()
     store.index.maintain()
+    store.changed_by_hand()
 
 
 def _name(store: "RowStore", table: int) -> str:
@@ -162,6 +163,7 @@ def remove(store: "RowStore", table: int, ids: Tensor) -> int:
     rows = rows[rows >= 0]
     store.free(rows)
     store.index.maintain()
+    store.changed_by_hand()
     return rows.numel()
 
 
@@ -172,6 +174,7 @@ def evict_older_than(store: "RowStore", table: int, step: int) -> Tensor:
     old = store.blocks.read(rows, ("last_seen",))["last_seen"] < step
     ids = store.evict(rows[old])
     store.index.maintain()
+    store.changed_by_hand()
     return ids
 
 
@@ -188,6 +191,7 @@ def clear(store: "RowStore", table: int) -> None:
     store.totals.clear(table)
     store.forget_lookups(table)
     store.t[table] = 0
+    store.changed_by_hand()
     if int(store.defaults.rows[table]) >= 0:
         store.initialise_default_rows(torch.tensor([table]).to(store.device))
 

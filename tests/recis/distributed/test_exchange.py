@@ -1,5 +1,6 @@
 """Tables shared by ranks against the same table in one process: rows, sums, counters, admission, eviction; any W."""
 
+import functools
 from itertools import chain
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from thread_ranks import on_ranks
 from torch import Tensor
 
+from recis.distributed.config import Places
 from recis.distributed.exchange import TableExchange
 from recis.distributed.owners import Owners
 from recis.distributed.ranks import Ranks
@@ -62,15 +64,24 @@ def batch(step: int, part: int) -> KeyedJaggedTensor:
     )
 
 
-def train(ranks: Ranks, *, num_steps: int = 6, clip: float | None = None, share: bool = True, **settings) -> dict:
+def train(
+    ranks: Ranks,
+    *,
+    num_steps: int = 6,
+    clip: float | None = None,
+    share: bool = True,
+    places: Places | None = None,
+    rows_dtype: torch.dtype = torch.float32,
+    **settings,
+) -> dict:
     """Train tables alone with a made-up loss, and return their rows, counters and what was looked up."""
     table_set = TableSet(tables(**settings), seed=3)
     if share:
-        share_tables(table_set, ranks)
+        share_tables(table_set, ranks, places=places, rows_dtype=rows_dtype)
     pooled, single = EmbeddingBagCollection(table_set), EmbeddingCollection(table_set)
     optimizer = SparseOptimizer([pooled])
     seen: dict[tuple[int, int], list[Tensor]] = {}
-    norms = []
+    norms, copies = [], []
     for step in range(1, num_steps + 1):
         for part in range(ranks.rank, PARTS, ranks.world_size):
             ids = batch(step, part)
@@ -82,9 +93,12 @@ def train(ranks: Ranks, *, num_steps: int = 6, clip: float | None = None, share:
             norms.append(float(clip_grad_norm([], [pooled], clip)))
         optimizer.step()
         table_set.end_step(step)
+        exchanges = [store.exchange for store in table_set.stores]
+        copies.append([one.num_copies if isinstance(one, TableExchange) else 0 for one in exchanges])
     pooled.eval()
     read = pooled(batch(99, ranks.rank))
     return {
+        "copies": copies,
         "rows": {table.name: table.export() for table in table_set},
         "counters": {table.name: table.counters().to_dict() for table in table_set},
         "admission": {table.name: table.admission_state() for table in table_set},
@@ -134,14 +148,54 @@ POLICIES = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_any_number_of_ranks_gives_the_same_bits(policy):
-    clip = 2.0 if policy in ("plain", "adam") else None
-    alone = joined(on_ranks(1, lambda ranks: train(ranks, clip=clip, **POLICIES[policy])))
+    alone = trained_alone(policy, 6)
     for world_size in (2, 4):
-        together = joined(on_ranks(world_size, lambda ranks: train(ranks, clip=clip, **POLICIES[policy])))
+        together = joined(on_ranks(world_size, lambda ranks: train(ranks, **settings_of(policy))))
         assert_equal(alone, together)
     if policy not in ("plain", "adam"):
         counted = alone["counters"]["user"]
         assert counted["evicted"] + counted["rejected"] > 0, "the policy did nothing in this test"
+
+
+PLACES = {
+    "hot": Places(hot_ids=4, hot_every_steps=3),
+    "data_parallel": Places(data_parallel=("item", "shop")),
+    "table_wise": Places(table_wise=("item", "user")),
+    "all": Places(table_wise=("user",), data_parallel=("shop",), hot_ids=5, hot_every_steps=2),
+}
+
+
+@functools.cache
+def trained_alone(policy: str, num_steps: int) -> dict:
+    """Return what one process gets."""
+    return joined(on_ranks(1, lambda ranks: train(ranks, num_steps=num_steps, **settings_of(policy))))
+
+
+def settings_of(policy: str) -> dict[str, Any]:
+    """Return the tables' settings, and where gradients are clipped."""
+    return {"clip": 2.0 if policy in ("plain", "adam") else None, **POLICIES[policy]}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_places_change_no_bit(policy, place):
+    """Copies and whole tables against slices: rows, states, counters, admission, eviction, norms, what lookups gave."""
+    settings: dict[str, Any] = settings_of(policy) | {"num_steps": 8}
+    alone = trained_alone(policy, 8)
+    for world_size in (2, 4) if policy == "lru" else (2,):
+        results = on_ranks(world_size, lambda ranks: train(ranks, places=PLACES[place], **settings))
+        assert_equal(alone, joined(results))
+        copies = [result["copies"] for result in results]
+        assert all(one == copies[0] for one in copies)
+        assert (sum(map(sum, copies[0])) > 0) == (place != "table_wise")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_places_change_no_bit_of_narrow_rows(dtype):
+    sliced = joined(on_ranks(2, lambda ranks: train(ranks, rows_dtype=dtype, num_steps=9)))
+    for places in PLACES.values():
+        placed = on_ranks(2, lambda ranks, p=places: train(ranks, rows_dtype=dtype, num_steps=9, places=p))
+        assert_equal(sliced, joined(placed))
 
 
 def test_equals_tables_that_are_not_shared():
