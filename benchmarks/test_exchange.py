@@ -5,6 +5,7 @@
 Both do the same work at once, one thread each: 4096 bags of 20 ids per process, D = 64, row-wise Adagrad, a table of 1 M
 rows; look up, pool, backward, update, end of step. "shared" spreads one table over the two (half of the ids of a process are
 the other's) and exchanges over gloo's sockets; "alone" gives each a table of its own. Target: shared at most 1.25 times alone.
+"10,000 hot ids" are copied to both (parallel.places.hot_ids): Zipf ids have such, uniform ones do not.
 """
 
 import multiprocessing
@@ -22,6 +23,8 @@ import torch.distributed as dist
 
 from recis.bench.harness import compare
 from recis.bench.inputs import draw_rows
+from recis.distributed.config import Places
+from recis.distributed.copies import COUNTED_STEPS
 from recis.distributed.ranks import Ranks
 from recis.distributed.tables import share_tables
 from recis.embedding import EmbeddingBagCollection, TableConfig, TableSet
@@ -32,14 +35,17 @@ from recis_kernels.philox import hash64
 NUM_BAGS, BAG_SIZE, DIM, NUM_ROWS = 4096, 20, 64, 1_000_000
 NUM_BATCHES = 8
 WORLD_SIZE = 2
-IMPLS = ("shared", "two processes alone", "shared, bfloat16 rows")
+HOT_IDS = 10_000
+IMPLS = ("shared", "two processes alone", "shared, bfloat16 rows", f"shared, {HOT_IDS:,} hot ids")
 
 
-def steps(ranks: Ranks | None, batches: list[torch.Tensor], *, rows_dtype: torch.dtype) -> Callable[[], int]:
+def steps(
+    ranks: Ranks | None, batches: list[torch.Tensor], *, rows_dtype: torch.dtype = torch.float32, hot_ids: int = 0
+) -> Callable[[], int]:
     """Return a function that makes one training step of a table filled with all ids that will come."""
     table_set = TableSet([TableConfig(name="item", features=("item",), embedding_dim=DIM)], seed=0)
     if ranks is not None:
-        share_tables(table_set, ranks, rows_dtype=rows_dtype)
+        share_tables(table_set, ranks, rows_dtype=rows_dtype, places=Places(hot_ids=hot_ids))
     collection = EmbeddingBagCollection(table_set)
     optimizer = SparseOptimizer([collection])
     lengths = torch.full((NUM_BAGS,), BAG_SIZE)
@@ -55,7 +61,9 @@ def steps(ranks: Ranks | None, batches: list[torch.Tensor], *, rows_dtype: torch
         table_set.end_step(done)
         return table_set["item"].size
 
-    for _ in batches:  # every id gets its row before the first measured step
+    for _ in range(
+        max(len(batches), COUNTED_STEPS)
+    ):  # every id gets its row, hot ones are chosen, before what is measured
         step()
     return step
 
@@ -70,9 +78,10 @@ def serve(rank: int, port: int, distribution: Any, pipe: Connection) -> None:
     rows = [draw_rows(distribution, NUM_ROWS, NUM_BAGS * BAG_SIZE, seed, torch.device("cpu")) for seed in seeds]
     batches = [hash64(row) for row in rows]  # ids over the whole range
     runs = {
-        IMPLS[0]: steps(ranks, batches, rows_dtype=torch.float32),
-        IMPLS[1]: steps(None, batches, rows_dtype=torch.float32),
+        IMPLS[0]: steps(ranks, batches),
+        IMPLS[1]: steps(None, batches),
         IMPLS[2]: steps(ranks, batches, rows_dtype=torch.bfloat16),
+        IMPLS[3]: steps(ranks, batches, hot_ids=HOT_IDS),
     }
     pipe.send("ready")
     while (name := pipe.recv()) is not None:
@@ -102,7 +111,7 @@ def test_exchange(benchmark, distribution):
         return [pipe.recv() for pipe in pipes]
 
     shared, alone, *others = (step(name) for name in IMPLS)
-    assert others == [shared]
+    assert others == [shared, shared]
     assert max(shared) < min(alone)  # an owner has half of the ids of both, which have many in common
     compare(
         benchmark,

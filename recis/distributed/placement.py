@@ -2,10 +2,10 @@
 
     sliced          every rank owns a slice of the ids; ids, rows and gradients of a lookup are exchanged
     table-wise      one rank owns the whole table and serves all ranks
-    data-parallel   every rank has all rows; their gradients ride on the all-reduce of the dense gradients
+    data-parallel   owners by slice, and every rank has copies of all rows: gradients to the owners, new rows to everyone
 
 Compared are microseconds of exchange per step at the busiest rank, and bytes of memory at the fullest. Proposed is the
-quickest that fits; a table stays sliced unless another place saves a tenth. Only what `RUNS_TODAY` names can be trained.
+quickest that fits; a table stays sliced unless another place saves a tenth. `parallel.places` of a run sets it.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,14 @@ from recis.distributed.costs import Costs
 from recis.distributed.shape import TableShape
 
 SLICED, TABLE_WISE, DATA_PARALLEL = "sliced", "table-wise", "data-parallel"
-RUNS_TODAY = (SLICED,)
+_SETTINGS = {TABLE_WISE: "table_wise", DATA_PARALLEL: "data_parallel"}
 _WORTH = 0.9  # of the time of the sliced table, at most
 _COLLECTIVES = 4  # of a lookup: numbers, ids, rows, gradients
 _ID_BYTES = 12  # an id and its sightings
+_COPY_COLLECTIVES = 2  # of a step: gradients of copies, their new rows
 _FLOAT_BYTES = 4
+_SIGHTINGS_BYTES = 4
+_COPY_ROOM = 3  # rows that a copy takes: itself, and its sums on their way out and in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +61,14 @@ class Placement:
     proposed: Place
 
     @property
-    def runs_today(self) -> bool:
-        """Whether training can place the table so."""
-        return self.proposed.name in RUNS_TODAY
+    def setting(self) -> str | None:
+        """What `--set` takes to place the table so; None: nothing, it is what a run does."""
+        name = _SETTINGS.get(self.proposed.name)
+        return None if name is None else f"parallel.places.{name}={self.table}"
 
     def lines(self) -> Iterator[str]:
         """Yield the comparison."""
-        note = "" if self.runs_today else f" (not in the engine yet: training runs it {RUNS_TODAY[0]})"
+        note = "" if self.setting is None else f" (--set {self.setting})"
         yield f"  table {self.table!r}: {self.proposed.name}{note}"
         for place in self.places:
             yield (
@@ -113,12 +117,14 @@ def place_table(
         whole,
         f"{others} ranks x {use.asked:,.0f} ids x {pair} B = {served:,.0f} B at its owner, which holds all rows",
     )
-    reduced = 2 * away * use.rows * table.dim * _FLOAT_BYTES
+    copy = 2 * table.dim * use.travel_item + _SIGHTINGS_BYTES
+    copied = away * use.rows * copy
     parallel = Place(
         DATA_PARALLEL,
-        reduced * per_byte,
-        whole,
-        f"2 x {away:.3f} x {use.rows:,} rows x {table.dim} x {_FLOAT_BYTES} B = {reduced:,.0f} B, no messages of its own",
+        copied * per_byte + _COPY_COLLECTIVES * others * costs.link.latency_s / use.tables_beside,
+        int(share * whole + _COPY_ROOM * use.rows * table.dim * _FLOAT_BYTES),
+        f"{away:.3f} x {use.rows:,} rows x {copy} B = {copied:,.0f} B + {_COPY_COLLECTIVES} x {others} messages / "
+        f"{use.tables_beside} tables; copies and room for their sums beside the owner's rows",
     )
     places = (sliced, table_wise, parallel)
     if world_size == 1:

@@ -1,7 +1,8 @@
 """What a rank of W needs: memory and time, the place of each table, and whether it fits, with the arithmetic.
 
     rows      rows x row bytes of the fullest rank's share, its index, lists and sightings
-    dense     parameters: weights, gradients and the optimizer's state, and four flat copies in which gradients travel
+    dense     parameters: weights, gradients and the optimizer's state, and four flat copies in which gradients travel;
+              with parallel.shard_dense 1/W of them, and what is gathered at once
     exchange  what a lookup holds until the step ends: rows and sums of gradients, of its own ids and of those it serves
     program   what the process holds before any of it
 
@@ -98,7 +99,7 @@ def make_plan(
         raise ConfigError("a plan needs costs: recis simulate --measure")
     sliced = _table_lines(shape, rows, ranks)
     fixed = [
-        *_dense_lines(shape),
+        *_dense_lines(shape, ranks),
         *_exchange_lines(simulation),
         Line(
             name="program",
@@ -175,8 +176,10 @@ def _table_lines(shape: ModelShape, rows: Mapping[str, tuple[int, str]], ranks: 
     return found
 
 
-def _dense_lines(shape: ModelShape) -> list[Line]:
+def _dense_lines(shape: ModelShape, ranks: int) -> list[Line]:
     numbers, kept = shape.dense_parameters, shape.optimizer_numbers
+    if shape.dense_at_once is not None and ranks > 1:
+        return _sharded_lines(shape, shape.dense_at_once, ranks)
     own = _FLOAT_BYTES * (2 * numbers + kept)
     return [
         Line(
@@ -188,6 +191,28 @@ def _dense_lines(shape: ModelShape) -> list[Line]:
             name="dense gradients, flat",
             num_bytes=_FLAT_COPIES * numbers * _FLOAT_BYTES,
             text=f"{_FLAT_COPIES} copies x {numbers:,} x 4 B: taken, stacked, received, summed",
+        ),
+    ]
+
+
+def _sharded_lines(shape: ModelShape, at_once: int, ranks: int) -> list[Line]:
+    numbers, kept = shape.dense_parameters, shape.optimizer_numbers
+    grads = numbers if shape.dense_grads_whole else min(numbers, at_once)
+    return [
+        Line(
+            name="dense part, dealt",
+            num_bytes=_FLOAT_BYTES * -(-(2 * numbers + kept) // ranks),
+            text=f"({numbers:,} weights and gradients, {kept:,} of the optimizer) / {ranks:,} ranks x 4 B",
+        ),
+        Line(
+            name="dense weights, gathered",
+            num_bytes=_FLOAT_BYTES * at_once,
+            text=f"{at_once:,} x 4 B: what is in no unit, and two units",
+        ),
+        Line(
+            name="dense gradients, whole",
+            num_bytes=_FLOAT_BYTES * (grads + min(numbers, at_once)),
+            text=f"({grads:,} before they are dealt + {min(numbers, at_once):,} on their way) x 4 B",
         ),
     ]
 
@@ -329,7 +354,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "placements": {
             one.table: {
                 "proposed": one.proposed.name,
-                "runs_today": one.runs_today,
+                "setting": one.setting,
                 "places": {
                     place.name: {"seconds": place.seconds, "bytes": place.memory_bytes, "arithmetic": place.text}
                     for place in one.places

@@ -103,6 +103,21 @@ def test_a_run_moves_between_world_sizes(fleet, data, straight, tmp_path):
     assert verify(run) == []
 
 
+def test_wherever_tables_lie_the_bytes_are_equal(fleet, data, straight, tmp_path):
+    """One table on one rank, hot ids of the other copied to both, ids of the next step asked ahead; killed, resumed by 4."""
+    run = tmp_path / "run"
+    places = ("parallel.places.table_wise=user", "parallel.places.hot_ids=10", "parallel.places.hot_every_steps=2")
+    killed_on_the_way(fleet, data, run, ((2, 4),), *places)
+    ended_well(fleet.run(4, train(data, run, resume=True)))
+    assert differences(straight["end"], merged(newest(run))) == []
+    assert losses(run) == straight["losses"]
+    assert verify(run) == []
+    run = tmp_path / "whole"
+    ended_well(fleet.run(2, train(data, run, "parallel.places.data_parallel=user,item")))
+    assert differences(straight["end"], merged(newest(run))) == []
+    assert losses(run) == straight["losses"]
+
+
 def sightings(end: dict[str, Any]) -> dict[str, Any]:
     """Return what of a run's end depends on which samples were trained on, and not on the order of sums."""
     names = [

@@ -110,16 +110,17 @@ def test_small_tables_are_proposed_on_every_rank():
     use = Use(rows=100, asked=50, tables_beside=1, travel_item=4)
     small = place_table(table(), use, world_size=8, share=0.2, costs=BY_HAND, free_bytes=None)
     assert small.proposed.name == DATA_PARALLEL
-    assert not small.runs_today
-    assert "not in the engine yet: training runs it sliced" in next(iter(small.lines()))
+    assert "'t': data-parallel (--set parallel.places.data_parallel=t)" in next(iter(small.lines()))
     by_name = {place.name: place for place in small.places}
     assert by_name[SLICED].seconds == pytest.approx(4 * 7 * 1e-4 + 7 / 8 * 50 * (12 + 128) / 1e9)
-    assert by_name[DATA_PARALLEL].seconds == pytest.approx(2 * 7 / 8 * 100 * 64 / 1e9)
+    assert by_name[DATA_PARALLEL].seconds == pytest.approx(2 * 7 * 1e-4 + 7 / 8 * 100 * (128 + 4) / 1e9)
+    assert by_name[DATA_PARALLEL].memory_bytes == 0.2 * 100 * 96 + 3 * 100 * 64
     assert by_name[SLICED].memory_bytes == 0.2 * 100 * 96
     large = place_table(table(), replace(use, rows=10**8), world_size=8, share=0.125, costs=BY_HAND, free_bytes=None)
     assert large.proposed.name == SLICED
     full = place_table(table(), use, world_size=8, share=0.2, costs=BY_HAND, free_bytes=9599)
     assert full.proposed.name == SLICED  # 100 rows of 96 B do not fit beside the rest
+    assert large.setting is None
     assert place_table(table(), use, world_size=1, share=1, costs=BY_HAND, free_bytes=None).proposed.name == SLICED
 
 
