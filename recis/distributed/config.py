@@ -80,6 +80,19 @@ class Parallel:
         if self.rows_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"Parallel: rows_dtype must be float32, bfloat16 or float16; got {self.rows_dtype!r}")
 
+    def deals_dense(self, world_size: int, *, deterministic: bool) -> bool:
+        """Return whether W processes deal the dense part among them.
+
+        Raises:
+            ConfigError: they would, and the run is to be deterministic.
+        """
+        if self.shard_dense and world_size > 1 and deterministic:
+            raise ConfigError(
+                "parallel.shard_dense: gradients are added in an order of the backend's, so equal bytes cannot be promised "
+                "as deterministic=True does; set deterministic=false, or parallel.shard_dense=false"
+            )
+        return self.shard_dense and world_size > 1
+
     def parts_over(self, world_size: int) -> int:
         """Return the parts of a step over W processes.
 

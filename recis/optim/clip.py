@@ -32,6 +32,7 @@ def clip_grad_norm(
     max_norm: float,
     *,
     skip_nonfinite: bool = False,
+    dense_squares: Tensor | None = None,
 ) -> Tensor:
     """Scale all gradients so that their joint norm is at most max_norm; return the norm before, a float64 scalar.
 
@@ -41,6 +42,8 @@ def clip_grad_norm(
         max_norm: above 0.
         skip_nonfinite: leave rows whose gradient is not finite out of the norm, as SparseOptimizer then leaves them
             out of the update.
+        dense_squares: the sum of squares of all dense gradients, a float64 scalar, where this process has shards of them
+            (recis.distributed.dense_shards); None: they are all here.
 
     Raises:
         ConfigError: max_norm is not above 0.
@@ -52,9 +55,9 @@ def clip_grad_norm(
     grads = [parameter.grad for parameter in dense_parameters if parameter.grad is not None]
     stores = [store for store in stores_of(sparse) if store.pending() or store.exchange is not None]
     if any(store.is_padded for store in stores):
-        return _clip_on_device(grads, stores, max_norm, skip_nonfinite)
-    total = torch.zeros((), dtype=torch.float64)
-    for grad in grads:
+        return _clip_on_device(grads, stores, max_norm, skip_nonfinite, dense_squares)
+    total = torch.zeros((), dtype=torch.float64) if dense_squares is None else dense_squares.clone()
+    for grad in grads if dense_squares is None else ():
         total += grad.double().square().sum().cpu()
     if not bool(total.isfinite()):
         raise NonFiniteNorm(f"clip_grad_norm: the norm of the dense gradients is {float(total)}; {_WAY_OUT}")
@@ -93,11 +96,15 @@ def _square_norm(store: Any, lookups: list[PendingLookup], skip_nonfinite: bool)
     return (norms if len(lookups) == 1 else norms.sort().values).sum()
 
 
-def _clip_on_device(grads: list[Tensor], stores: list[Any], max_norm: float, skip_nonfinite: bool) -> Tensor:
+def _clip_on_device(
+    grads: list[Tensor], stores: list[Any], max_norm: float, skip_nonfinite: bool, dense_squares: Tensor | None
+) -> Tensor:
     """Do clip_grad_norm without a host sync; the norm lies on the first store's device."""
     first = stores[0]
     total = torch.zeros((), dtype=torch.float64, device=first.device)
-    for grad in grads:
+    if dense_squares is not None:
+        total += dense_squares.to(first.device)
+    for grad in grads if dense_squares is None else ():
         total += grad.double().square().sum().to(first.device, non_blocking=True)
     rows: list[tuple[Any, PendingLookup, Tensor]] = []
     for store in stores:

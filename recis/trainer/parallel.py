@@ -11,19 +11,21 @@ its forward, they themselves beside its backward. Their rows are read when its t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recis.distributed.batches import part_bounds, samples_of
 from recis.distributed.dense import OrderedGradients, share_buffers, share_parameters, wrap_in_ddp
 from recis.distributed.ranks import Ranks
-from recis.distributed.tables import share_tables
+from recis.distributed.tables import check_places, share_tables
 from recis.io.batch import Batch, RawBatch
 from recis.optim import clip_grad_norm
 from recis.trainer.build import nonfinite_features
+from recis.trainer.config import TrainConfig
 from recis.trainer.data import FromStart
 from recis.trainer.metric_set import MetricSet
 from recis.trainer.randomness import seed_everything
@@ -31,7 +33,22 @@ from recis.trainer.scoring import as_float, forward, scores_of
 from recis_kernels.philox import hash64
 
 if TYPE_CHECKING:
+    from recis.distributed.dense_shards import DenseShards
     from recis.trainer.trainer import StepOutput, Trainer
+
+
+def deal_dense(model: nn.Module, config: TrainConfig, ranks: Ranks) -> "DenseShards | None":
+    """Deal a model's dense part to the ranks, if the config asks for it and there is one that trains.
+
+    Raises:
+        ConfigError: the run is to be deterministic; a model that cannot be dealt.
+    """
+    asked = config.parallel.deals_dense(ranks.world_size, deterministic=config.deterministic)
+    if not asked or not any(value.requires_grad for value in model.parameters()):
+        return None
+    from recis.distributed.dense_shards import DenseShards  # its imports take a second: only where they are needed
+
+    return DenseShards(model, ranks, unit_parameters=config.parallel.unit_parameters)
 
 
 class ParallelRun:
@@ -51,14 +68,19 @@ class ParallelRun:
         self._trainer, self.ranks, self.parts = trainer, ranks, parts
         self._own_parts = range(ranks.rank, parts, ranks.world_size)
         config = trainer.config
+        places = config.parallel.places
+        check_places(trainer.table_sets, places)
         for table_set in trainer.table_sets:
-            share_tables(table_set, ranks, rows_dtype=getattr(torch, config.parallel.rows_dtype))
-        share_parameters(trainer.model, ranks)
+            share_tables(table_set, ranks, rows_dtype=getattr(torch, config.parallel.rows_dtype), places=places)
+        if trainer.shards is None:
+            share_parameters(trainer.model, ranks)
         trainable = any(value.requires_grad for value in trainer.model.parameters())
         self._ddp: Any = None
-        if not config.deterministic and ranks.world_size > 1 and trainable:
+        if trainer.shards is None and not config.deterministic and ranks.world_size > 1 and trainable:
             self._ddp = wrap_in_ddp(trainer.forward, ranks)
-        self._gradients = OrderedGradients(list(trainer.dense_parameters.values()), ranks)
+        self._gradients: OrderedGradients | DenseShards = trainer.shards or OrderedGradients(
+            list(trainer.dense_parameters.values()), ranks
+        )
         self.reads_ahead = config.parallel.overlap and ranks.world_size > 1
         self.following: Sequence[Batch] | None = None
         self._asks_ahead: list[Any] = []
@@ -96,8 +118,12 @@ class ParallelRun:
         mean_loss = self._finish_backward(torch.stack(losses), micro_batches, step)
         with span("update", step=step):
             if config.clip_grad_norm is not None:
-                clip_grad_norm(trainer.dense_parameters.values(), trainer.collections, config.clip_grad_norm)
+                dense = trainer.dense_parameters.values()
+                squares = None if trainer.shards is None else trainer.shards.square_sum()
+                clip_grad_norm(dense, trainer.collections, config.clip_grad_norm, dense_squares=squares)
             trainer.dense_optimizer.step()
+            if trainer.shards is not None:
+                trainer.shards.check_optimizer(trainer.dense_optimizer)
             trainer.sparse_optimizer.step()
             trainer.schedule.step()
             for collection in trainer.collections:  # counters, then eviction
@@ -126,6 +152,10 @@ class ParallelRun:
         self.following = None
         for collection in self._trainer.collections:
             collection.forget_ahead()
+        for table_set in self._trainer.table_sets:
+            for store in table_set.stores:
+                if store.exchange is not None:
+                    store.exchange.finish()
         self._write_timeline()
 
     def _note_timeline(self) -> None:
@@ -162,10 +192,13 @@ class ParallelRun:
         if self._ddp is not None:
             run = self._ddp
             self._ddp.require_backward_grad_sync = is_last
-        with trainer.autocast(batch.weights.device.type):
+        explained = nullcontext() if trainer.shards is None else trainer.shards.explained()
+        with explained, trainer.autocast(batch.weights.device.type):
             return as_float(run(batch))
 
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        if self._trainer.shards is not None:
+            self._trainer.shards.before_backward(is_last=is_last)
         loss.backward()  # row gradients collect per table
         if self._ddp is None:
             self._gradients.take()

@@ -7,7 +7,7 @@ reader, schedules         positions
 trainer                   RunState, the step clocks of the tables, the feature engine as JSON, the kernels' choices
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +54,14 @@ def boundary(trainer: "Trainer") -> Boundary:
     if trainer.parallel is not None:
         trainer.parallel.share_buffers()
         reader = _whole_reader_state(reader, trainer.ranks)
-    if trainer.ranks.rank == 0:
-        dense = dense_state(trainer.model)
-        trees["optim"] = {
-            "dense": named_optimizer_state(trainer.dense_optimizer, names),
-            "sparse": trainer.sparse_optimizer.state_dict(),
-        }
+    is_first = trainer.ranks.rank == 0
+    if is_first or trainer.shards is not None:
+        dense, optimizer = dense_state(trainer.model), named_optimizer_state(trainer.dense_optimizer, names)
+        if trainer.shards is not None:  # all ranks give their rows, rank 0 gets them
+            dense = trainer.shards.gather(dense, keep=is_first)
+            optimizer = trainer.shards.gather_optimizer(optimizer, keep=is_first)
+        if is_first:
+            trees["optim"] = {"dense": optimizer, "sparse": trainer.sparse_optimizer.state_dict()}
     return Boundary(
         step=trainer.state.step,
         seed=trainer.config.seed,
@@ -103,7 +105,7 @@ def restore(trainer: "Trainer", checkpoint: Path) -> Any:
     """
     _check_features(trainer, checkpoint)
     ranks = trainer.ranks
-    loaded = load(checkpoint, into=target(trainer), verify=False, rank=ranks.rank, world_size=ranks.world_size)
+    loaded = _loaded(trainer, checkpoint, verify=False)
     _restore_optimizers(trainer, loaded)
     set_random_state(loaded.trees["rng"])
     _restore_metrics(trainer, loaded)
@@ -140,23 +142,21 @@ def start_from(trainer: "Trainer", init: InitFrom) -> None:
         CheckpointError: a checkpoint is damaged, or does not fit the model.
     """
     chain = [as_checkpoint(Path(init.paths[0])), *map(Path, init.paths[1:])]
-    loaded = load(
+    loaded = _loaded(
+        trainer,
         chain if len(chain) > 1 else chain[0],
-        into=target(trainer),
         tables=None if init.tables is None else dict(init.tables),
         parts=set(init.parts),
         strict=init.strict,
         cast=init.cast,
         rebase_steps=True,
-        rank=trainer.ranks.rank,
-        world_size=trainer.ranks.world_size,
     )
     saved = loaded.trees.get("optim")
     if saved is not None:  # moments only: learning rates and schedules are those of the new run
         names = list(trainer.dense_parameters)
         own = named_optimizer_state(trainer.dense_optimizer, names)
         known = {name: value for name, value in saved["dense"]["state"].items() if name in names}
-        load_named_optimizer_state(trainer.dense_optimizer, names, {"state": known, "groups": own["groups"]})
+        _load_dense_optimizer(trainer, {"state": known, "groups": own["groups"]})
     _mark_base(trainer)
 
 
@@ -169,28 +169,34 @@ def load_weights(trainer: "Trainer", path: Path) -> Loaded:
     """
     checkpoint = as_checkpoint(path)
     _check_features(trainer, checkpoint)
-    loaded = load(
-        checkpoint,
-        into=target(trainer),
-        parts={"weights", "dense"},
-        rank=trainer.ranks.rank,
-        world_size=trainer.ranks.world_size,
-    )
+    loaded = _loaded(trainer, checkpoint, parts={"weights", "dense"})
     for table_set in trainer.table_sets:
         table_set.load_step(loaded.manifest.step)
     return loaded
 
 
-def target(trainer: "Trainer") -> Target:
-    """Return what checkpoints are loaded into."""
-    return Target(tables=trainer.tables, dense=dense_state(trainer.model))
+def _loaded(trainer: "Trainer", path: Path | Sequence[Path], **options: Any) -> Loaded:
+    """Load what of a checkpoint belongs to this rank; `options` are those of recis.checkpoint.load."""
+    dense, ranks, shards = dense_state(trainer.model), trainer.ranks, trainer.shards
+    if shards is not None:
+        dense = shards.gather(dense)
+    into = Target(tables=trainer.tables, dense=dense)
+    loaded = load(path, into=into, rank=ranks.rank, world_size=ranks.world_size, **options)
+    if shards is not None:
+        shards.scatter(dense)
+    return loaded
+
+
+def _load_dense_optimizer(trainer: "Trainer", saved: Mapping[str, Any]) -> None:
+    own = saved if trainer.shards is None else trainer.shards.own_optimizer(saved)
+    load_named_optimizer_state(trainer.dense_optimizer, list(trainer.dense_parameters), own)
 
 
 def _restore_optimizers(trainer: "Trainer", loaded: Loaded) -> None:
     saved: Mapping[str, Any] | None = loaded.trees["optim"]
     if saved is None:
         raise CheckpointError(f"{loaded.path}: it has no optimizer state; load without the part 'optimizer'")
-    load_named_optimizer_state(trainer.dense_optimizer, list(trainer.dense_parameters), saved["dense"])
+    _load_dense_optimizer(trainer, saved["dense"])
     trainer.sparse_optimizer.load_state_dict(saved["sparse"])
     if loaded.schedules is not None:
         trainer.schedule.load_state_dict(loaded.schedules)

@@ -10,6 +10,7 @@ checkpoint if one is due. Equal configs give equal bytes, whether or not a run w
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +42,7 @@ from recis.trainer.data import UNTIL_STOPPED, FromStart, Share, StepStream
 from recis.trainer.hooks import Checkpoint, EarlyStop, Logger, call_hooks, check_hooks
 from recis.trainer.log import MetricsLog
 from recis.trainer.metric_set import MetricSet
-from recis.trainer.parallel import ParallelRun
+from recis.trainer.parallel import ParallelRun, deal_dense
 from recis.trainer.progress import Progress
 from recis.trainer.randomness import deterministic_note, deterministic_torch, seed_everything
 from recis.trainer.run_folder import RunFolder
@@ -81,6 +82,7 @@ class Trainer:
         state: where the run stands (see RunState).
         ranks: the processes that train together.
         parallel: what they do together; None where this process does all.
+        shards: the dense part dealt to them (`parallel.shard_dense`); None where every process has all of it.
         choices: what the kernels choose by: the built-in table in deterministic mode, else this machine's; of a resumed
             run the one in its checkpoint.
 
@@ -126,7 +128,8 @@ class Trainer:
         for table_set in self.table_sets:
             table_set.set_deterministic(config.deterministic)
         self.tables = all_tables(self.table_sets)
-        self.dense_parameters = dense_parameters(self.model)
+        self.shards = deal_dense(self.model, config, self.ranks)
+        self.dense_parameters = dense_parameters(self.model) if self.shards is None else self.shards.parameters
         self.forward = torch.compile(self.model) if config.compile_dense else self.model
         self.engine = FeatureEngine(config.features) if config.features else None
         self.loss = config.loss
@@ -200,13 +203,13 @@ class Trainer:
         try:
             with deterministic_torch(config.deterministic):
                 self._open_stream()
-                call_hooks(self._hooks, "on_train_start", state)
+                self._call_hooks("on_train_start")
                 for micro_batches in self._steps():
                     self.train_step(micro_batches)
                     every = config.eval_every_steps
                     if self._finished() or (every is not None and state.step % every == 0):
                         self._evaluate_now()
-                    call_hooks(self._hooks, "on_step_end", state)
+                    self._call_hooks("on_step_end")
                     if self.parallel is not None and config.hooks:
                         self.parallel.agree_to_stop()
                     self._note_checkpoint(wait=False)
@@ -214,10 +217,11 @@ class Trainer:
                     self.parallel.end_steps()
                 if state.last_eval_step != state.step:
                     self._evaluate_now()
-                call_hooks(self._hooks, "on_train_end", state)
+                self._call_hooks("on_train_end")
                 self._note_checkpoint(wait=True)
             if config.after is not None:
-                config.after(self, state.run if self.ranks.rank == 0 else None)
+                with self.whole_weights():
+                    config.after(self, state.run if self.ranks.rank == 0 else None)
                 self.ranks.meet("the end of what follows training")  # rank 0 may do much more than the others
         except BaseException:
             self._abandon()
@@ -267,6 +271,10 @@ class Trainer:
     def load(self, path: Path) -> Loaded:
         """Load the weights of a checkpoint, or of the newest whole one of a run: for evaluation and prediction."""
         return persist.load_weights(self, path)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which `model` has its whole weights; every rank enters it. Nothing where nothing is dealt."""
+        return nullcontext() if self.shards is None else self.shards.whole()
 
     def best_checkpoint(self) -> Path | None:
         """Return the folder of the best checkpoint so far; None where nothing was monitored or kept."""
@@ -354,11 +362,12 @@ class Trainer:
         if self._eval_data is not None:
             metrics.update(self.evaluate())
         if self.config.evaluate is not None:
-            metrics.update(self.config.evaluate(self))
+            with self.whole_weights():
+                metrics.update(self.config.evaluate(self))
         state.evaluation_s += time.monotonic() - begun
         state.last_eval_step = state.step
         state.metrics = metrics
-        call_hooks(self._hooks, "on_evaluate_end", state)
+        self._call_hooks("on_evaluate_end")
 
     def note_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Remember rows that a reading left out."""
@@ -384,6 +393,13 @@ class Trainer:
         )
 
     # ---- the run folder
+
+    def _call_hooks(self, event: str) -> None:
+        """Tell the hooks; where weights are dealt, those of the config that say `reads_weights` find them whole."""
+        together = event != "on_checkpoint"  # a rank hears of that when its own writer is done
+        reads = any(hasattr(hook, event) and getattr(hook, "reads_weights", False) for hook in self.config.hooks)
+        with self.whole_weights() if together and reads else nullcontext():
+            call_hooks(self._hooks, event, self.state)
 
     def _make_hooks(self, quiet: bool) -> list[Any]:
         config = self.config
@@ -417,7 +433,7 @@ class Trainer:
     def _note(self, whole: Path | None) -> None:
         if whole is not None:
             self.state.checkpoint = whole
-            call_hooks(self._hooks, "on_checkpoint", self.state)
+            self._call_hooks("on_checkpoint")
 
     def _resume(self, run: Path) -> None:
         newest = self.ranks.on_rank_0(lambda: latest(run), "which checkpoint is the newest whole one")
