@@ -29,21 +29,24 @@ class OrderedGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
         self._parameters, self._ranks = list(parameters), ranks
-        self._num_values = sum(parameter.numel() for parameter in self._parameters)
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self._num_values = sum(self._sizes)
         self._taken: list[Tensor] = []
         self._reached = torch.zeros(len(self._parameters), dtype=torch.bool)
 
     def take(self) -> None:
         """Take the gradient of the micro-batch whose backward has just run, and clear it."""
-        flat = torch.zeros(self._chunk * self._ranks.world_size)
-        first = 0
-        for number, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
-                flat[first : first + parameter.numel()] = parameter.grad.flatten()
-                self._reached[number] = True
-                parameter.grad = None
-            first += parameter.numel()
-        self._taken.append(flat)
+        grads = [parameter.grad for parameter in self._parameters]
+        reached = torch.tensor([grad is not None for grad in grads], dtype=torch.bool)
+        padding = torch.zeros(self._chunk * self._ranks.world_size - self._num_values)
+        pieces = [
+            torch.zeros(parameter.numel()) if grad is None else grad.detach().flatten().float()
+            for grad, parameter in zip(grads, self._parameters, strict=True)
+        ]
+        self._taken.append(torch.cat([*pieces, padding]))
+        self._reached |= reached
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @property
     def reached(self) -> Tensor:
@@ -63,11 +66,9 @@ class OrderedGradients:
                 if rank or micro_batch:
                     total += chunks[rank, micro_batch]
         whole = ranks.all_gather(total, "sums of dense gradients").flatten()
-        first = 0
-        for number, parameter in enumerate(self._parameters):
-            values = whole[first : first + parameter.numel()].view_as(parameter)
-            parameter.grad = values.to(parameter.dtype) if bool(reached[number]) else None
-            first += parameter.numel()
+        pieces = whole[: self._num_values].split(self._sizes)
+        for parameter, values, is_reached in zip(self._parameters, pieces, reached.tolist(), strict=True):
+            parameter.grad = values.view_as(parameter).to(parameter.dtype) if is_reached else None
         self._taken = []
         self._reached.zero_()
 

@@ -22,6 +22,7 @@ from recis.distributed.batches import part_bounds, samples_of
 from recis.distributed.dense import OrderedGradients, share_buffers, share_parameters, wrap_in_ddp
 from recis.distributed.ranks import Ranks
 from recis.distributed.tables import check_places, share_tables
+from recis.distributed.travelling import Travelling
 from recis.io.batch import Batch, RawBatch
 from recis.optim import clip_grad_norm
 from recis.trainer.build import nonfinite_features
@@ -30,7 +31,7 @@ from recis.trainer.data import FromStart
 from recis.trainer.metric_set import MetricSet
 from recis.trainer.randomness import seed_everything
 from recis.trainer.scoring import as_float, forward, scores_of
-from recis_kernels.philox import hash64
+from recis_kernels.philox import hash64_of
 
 if TYPE_CHECKING:
     from recis.distributed.dense_shards import DenseShards
@@ -98,7 +99,8 @@ class ParallelRun:
         config, step = trainer.config, trainer.state.step + 1
         ranks.step = step
         trainer.model.train()
-        total_weight, num_samples = self._totals(micro_batches)
+        totals = self._ask_totals(micro_batches)  # they travel while the first micro-batch runs forward
+        total_weight, num_samples = torch.ones(()), 0
         trainer.dense_optimizer.zero_grad()
         losses, outputs = [], []
         span = ranks.timeline.span
@@ -108,6 +110,8 @@ class ParallelRun:
             seed_everything(self._seed(step, number))
             with span("forward", step=step):
                 output = self._forward(batch, is_last=is_last)
+                if not number:
+                    total_weight, num_samples = _totals(totals.wait())
                 loss = trainer.loss(output, batch) / total_weight
             losses.append(loss.detach().double().cpu())
             self._send_ahead(batch)
@@ -169,22 +173,18 @@ class ParallelRun:
             timeline.write(out / f"timeline-{self.ranks.rank}.json")
         timeline.is_on = False
 
-    def _totals(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, int]:
-        """Return the weight of the global batch, float32, and its samples."""
-        own = [[batch.weights.double().sum(), torch.tensor(float(batch.num_samples))] for batch in micro_batches]
-        own = torch.stack([torch.stack([weight.cpu(), samples.double()]) for weight, samples in own])
-        every = _in_order(self.ranks.all_gather(own, "weight of the batch"))
-        weight, samples = _fold(every).tolist()
-        return torch.tensor(weight if weight > 0 else 1.0, dtype=torch.float32), int(samples)
+    def _ask_totals(self, micro_batches: Sequence[Batch]) -> Travelling:
+        """Send the weight and the samples of each micro-batch to all ranks, float64 [k, 2]."""
+        own = [[float(batch.weights.double().sum()), float(batch.num_samples)] for batch in micro_batches]
+        return self.ranks.start_all_gather(torch.tensor(own, dtype=torch.float64), "weight of the batch")
 
     def _seed(self, step: int, number: int) -> int:
         own = len(self._own_parts)
         part, micro_batch = self._own_parts[number % own], number // own
-        place = torch.tensor([self._trainer.config.seed, step, part, micro_batch])
-        mixed = torch.zeros((), dtype=torch.int64)
-        for value in place:
-            mixed = hash64(mixed ^ value)
-        return int(mixed) & (2**63 - 1)
+        mixed = 0
+        for value in (self._trainer.config.seed, step, part, micro_batch):
+            mixed = hash64_of(mixed ^ value)
+        return mixed & (2**63 - 1)
 
     def _forward(self, batch: Batch, *, is_last: bool) -> Any:
         trainer = self._trainer
@@ -239,7 +239,10 @@ class ParallelRun:
     def agree_to_stop(self) -> None:
         """Let a hook that stops one rank stop all of them, at the same step."""
         state = self._trainer.state
-        reasons = self.ranks.gather_objects(state.stop_reason, "whether to stop")
+        stops = torch.tensor([float(state.stop_reason is not None)])
+        if not bool(self.ranks.all_gather(stops, "whether to stop").any()):
+            return
+        reasons = self.ranks.gather_objects(state.stop_reason, "why to stop")
         state.stop_reason = next((reason for reason in reasons if reason is not None), None)
 
     # ---- evaluation
@@ -284,6 +287,12 @@ class ParallelRun:
     def close(self) -> None:
         """Let go of what holds on to the process group."""
         self._ddp = None
+
+
+def _totals(gathered: Tensor) -> tuple[Tensor, int]:
+    """Return the weight of the global batch, float32, and its samples, from [W, k, 2] of all ranks."""
+    weight, samples = _fold(_in_order(gathered)).tolist()
+    return torch.tensor(weight if weight > 0 else 1.0, dtype=torch.float32), int(samples)
 
 
 def _in_order(gathered: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ def test_hash64():
     want = [0, 0xB456BCFC34C2CB2C, 0x64B5720B4B825F21, 0x8F780810AF31A493]
     assert [bits % 2**64 for bits in philox.hash64(ids).tolist()] == want
     assert [int(philox.hash64_one(row_id)) for row_id in ids.tolist()] == want
+    assert [philox.hash64_of(row_id) for row_id in ids.tolist()] == want
+    assert philox.hash64_of(2**64 - 1) == want[2]
     many = torch.randint(-(2**63), 2**63 - 1, (100,))
     assert [int(philox.hash64_one(row_id)) for row_id in many.tolist()] == [
         bits % 2**64 for bits in philox.hash64(many).tolist()
