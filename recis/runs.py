@@ -31,7 +31,7 @@ from recis.trainer import TrainConfig, Trainer, from_json, to_json
 from recis.trainer.log import read_log
 from recis.trainer.override import override
 from recis.trainer.report import write_report
-from recis.trainer.run_folder import LOG_NAME, read_config
+from recis.trainer.run_folder import FREE_ON_RESUME, LOG_NAME, read_config
 from recis.trainer.serialize import differences
 
 RECIPE_NAME = "recipe.json"
@@ -239,7 +239,7 @@ def _start_in_job(
             recipe,
             data=kept["data"] if data is None else data,
             out=folder if out is None else out,
-            settings=settings or kept["settings"],
+            settings=_settings(kept["settings"], settings),
         )
         return _Started(folder=folder, recipe=recipe, config=config, is_new=False)
 
@@ -306,22 +306,39 @@ def _resumed(folder: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any
     kept = _read_asked(folder)
     if kept is None:
         raise ConfigError(f"--resume {folder}: no run here, it has no {RECIPE_NAME}; name the folder of a run")
-    given = {
+    given: dict[str, Any] = {
         "recipe": asked["recipe"],
         "data": kept["data"] if asked["data"] is None else asked["data"],
-        "settings": asked["settings"] or kept["settings"],
+        "settings": _settings(kept["settings"], asked["settings"]),
     }
-    lines = differences(_by_name(kept), _by_name(given))
+    lines = differences(_bound(kept), _bound(given))
     if lines:
         raise ConfigError(
             f"--resume {folder}: the run there was started otherwise: {'; '.join(lines)}; leave --data and --set out to "
-            "go on as it was, or start a new run"
+            f"go on as it was (--set may name {', '.join(FREE_ON_RESUME)}), or start a new run"
         )
-    return kept
+    return given
 
 
-def _by_name(asked: Mapping[str, Any]) -> dict[str, Any]:
-    return {**asked, "settings": dict(setting.partition("=")[::2] for setting in asked["settings"])}
+def _settings(kept: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """Return the settings to go on with: those that a run is not bound to as asked for, the others as kept if none is asked."""
+    bound = [setting for setting in asked if not _is_free(setting)]
+    free = _by_name([*filter(_is_free, kept), *filter(_is_free, asked)])
+    bound = bound or [setting for setting in kept if not _is_free(setting)]
+    return [*bound, *(f"{name}={value}" for name, value in free.items())]
+
+
+def _bound(asked: Mapping[str, Any]) -> dict[str, Any]:
+    bound = [setting for setting in asked["settings"] if not _is_free(setting)]
+    return {**asked, "settings": _by_name(bound)}
+
+
+def _is_free(setting: str) -> bool:
+    return setting.partition("=")[0] in FREE_ON_RESUME
+
+
+def _by_name(settings: Sequence[str]) -> dict[str, str]:
+    return dict(setting.partition("=")[::2] for setting in settings)
 
 
 def _rebuilt(stored: Mapping[str, Any], asked: Mapping[str, Any] | None, home: Path) -> TrainConfig:

@@ -1,6 +1,6 @@
 """The folder of a run: config.json, metrics.jsonl, step_%09d/, predictions/, and who may write into it.
 
-A new run wants an empty folder; `--resume` wants the same config. A lock (flock on `.lock`, freed by the system when its
+A new run wants an empty folder; `--resume` wants the same config, but for settings that change no value. A lock (flock on `.lock`, freed by the system when its
 process dies) keeps two processes out of one folder.
 """
 
@@ -20,6 +20,8 @@ CONFIG_NAME = "config.json"
 LOG_NAME = "metrics.jsonl"
 _LOCK_NAME = ".lock"
 _SHOWN_DIFFERENCES = 12
+FREE_ON_RESUME = tuple(f"parallel.{name}" for name in ("overlap", "timeline_steps", "link_delay_ms", "timeout_s"))
+"""Settings that change no value: a run may go on with other ones than it was started with, and then has the new ones."""
 
 
 class RunFolder:
@@ -80,13 +82,21 @@ def read_config(run: Path) -> Any:
 def _check_same(path: Path, config: str) -> None:
     if not (path / CONFIG_NAME).exists():
         return
-    lines = differences(read_config(path), json.loads(config))
+    lines = differences(_bound(read_config(path)), _bound(json.loads(config)))
     if lines:
         more = f"; and {len(lines) - _SHOWN_DIFFERENCES} more" if len(lines) > _SHOWN_DIFFERENCES else ""
         raise ConfigError(
             f"{path}: the run there has another config: {'; '.join(lines[:_SHOWN_DIFFERENCES])}{more}. "
-            "Resume with the config it was started with, or start a new run with init_from"
+            f"Resume with the config it was started with ({', '.join(FREE_ON_RESUME)} may differ), or start a new run with "
+            "init_from"
         )
+
+
+def _bound(config: Any) -> Any:
+    """Return a config without the settings that a run is not bound to."""
+    free = {name.partition(".")[2] for name in FREE_ON_RESUME}
+    kept = {name: value for name, value in (config.get("parallel") or {}).items() if name not in free}
+    return {**config, "parallel": kept}
 
 
 def _lock(path: Path) -> TextIO:
