@@ -12,7 +12,7 @@ are matched to constraint names by name. Source: EBRM, see `recis.ebrm.explanati
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,12 @@ def agreement(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> dict[str, float]
 
     category: share of pairs. attribute: share of gold (constraint, verdict) of the schema's types that EBRM gives too.
     constraints: share of EBRM's constrained types that are gold constraints. Each with its count; NaN without any.
+    balanced_category, balanced_attribute: the mean of those shares over the gold verdicts that occur; a constant verdict gets
+    one over their number.
     """
     counts = dict.fromkeys(("category", "attribute", "constraints"), 0)
     right = dict.fromkeys(counts, 0)
+    told: dict[str, dict[str, list[bool]]] = {"category": {}, "attribute": {}}
     names = frozenset(verifier.model.config.schema.names)
     for pair in pairs:
         said = None if pair.steps is None else verifier.verdicts(pair)
@@ -123,20 +126,28 @@ def agreement(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> dict[str, float]
         if pair.steps.category is not None and said.category is not None:
             counts["category"] += 1
             right["category"] += said.category == pair.steps.category
+            told["category"].setdefault(pair.steps.category, []).append(said.category == pair.steps.category)
         gold = {name: verdict for name, verdict in (pair.steps.attributes or {}).items() if name in names}
         counts["attribute"] += len(gold)
         right["attribute"] += sum(said.attributes.get(name) == verdict for name, verdict in gold.items())
+        for name, verdict in gold.items():
+            told["attribute"].setdefault(verdict, []).append(said.attributes.get(name) == verdict)
         counts["constraints"] += len(said.attributes)
         right["constraints"] += sum(name in gold for name in said.attributes)
     shares = {name: right[name] / counts[name] if counts[name] else NAN for name in counts}
-    return shares | {f"num_{name}": float(count) for name, count in counts.items()}
+    balanced = {
+        f"balanced_{name}": float(np.mean([np.mean(own) for own in of_verdict.values()])) if of_verdict else NAN
+        for name, of_verdict in told.items()
+    }
+    return shares | balanced | {f"num_{name}": float(count) for name, count in counts.items()}
 
 
 def fit_cuts(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> EbrmVerifier:
     """Return the verifier with cuts of its verdicts that are fitted on gold steps, of pairs that nothing is measured on.
 
     A model that was trained on labels alone has the cuts of an unfitted one, which may call no type constrained at all. The
-    model is changed in memory, not in its folder. Each cut: see `recis.ebrm.calibrate.fit_verdict_thresholds`.
+    model is changed in memory, not in its folder. Each cut: see `recis.ebrm.calibrate.fit_verdict_thresholds`; where no gold
+    category is near, as on PriceRunner, near is never said.
     """
     from recis.ebrm.calibrate import fit_verdict_thresholds
 
@@ -158,7 +169,10 @@ def fit_cuts(verifier: EbrmVerifier, pairs: Sequence[Pair]) -> EbrmVerifier:
             if said is not None and truth.has_value:
                 columns["g"].append(truth.g)
                 columns["met"].append(said == "ok")
-    verifier.model.thresholds = fit_verdict_thresholds(**{name: np.array(own) for name, own in columns.items()})
+    cuts = fit_verdict_thresholds(**{name: np.array(own) for name, own in columns.items()})
+    if not any(pair.steps is not None and pair.steps.category == "near" for pair in pairs):
+        cuts = replace(cuts, near=cuts.match)
+    verifier.model.thresholds = cuts
     return EbrmVerifier(model=verifier.model, items=verifier.items)  # what was explained has the old cuts
 
 

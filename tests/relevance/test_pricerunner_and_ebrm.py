@@ -255,6 +255,23 @@ def test_cuts_are_fitted_on_gold_by_hand():
     assert (found["attribute"], found["constraints"], found["num_constraints"]) == (1.0, 1.0, 2.0)
 
 
+@pytest.mark.parametrize("kind", ["near", "mismatch"])
+def test_near_is_said_only_where_gold_knows_it(kind):
+    """g of the category: boots .9, shoes .4, clogs .3, sofas .01; the cut for match lies between boots and shoes."""
+    shares = {"boots": 0.9, "shoes": 0.4, "clogs": 0.3, "sofas": 0.01}
+    logits = RED_BOOTS | {f"category:{noun}": math.log(g / (1 - g)) for noun, g in shares.items()}
+    stated = [("boots", "match")] * 3 + [("clogs", "match"), ("shoes", kind), ("sofas", "mismatch")]
+    items = {f"i-{number}": boots(category=noun) for number, (noun, _) in enumerate(stated)}
+    pairs = [make_pair(id=str(number), category=gold) for number, (_, gold) in enumerate(stated)]
+    fitted = fit_cuts(EbrmVerifier(model=ebrm(logits), items=items), pairs)
+    cuts = fitted.model.thresholds
+    assert 0.4 < cuts.match < 0.9
+    assert (cuts.near < cuts.match) == (kind == "near")
+    found = agreement(fitted, pairs)
+    assert found["category"] == pytest.approx(5 / 6)  # clogs
+    assert found["balanced_category"] == pytest.approx((3 / 4 + 2) / 3 if kind == "near" else (3 / 4 + 1) / 2)
+
+
 class TestAgreementCommand:
     def pairs_file(self, tmp_path, pairs):
         write_rows(tmp_path / "pairs.jsonl", pairs)
