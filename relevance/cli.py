@@ -59,11 +59,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from relevance.ranks import from_main
     from relevance.training_run import open_run
 
     if args.resume and args.out is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
-    out = args.out or Path("runs") / f"{args.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = args.out or Path("runs") / from_main(f"{args.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
     run = open_run(
         args.recipe,
         model=args.model,

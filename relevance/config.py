@@ -61,8 +61,9 @@ class SftConfig:
     warmup_share: float = 0.05  # P
     num_epochs: float = 2.0  # P
     batch_rows: int = 64
+    """Rows of a step, of all ranks together."""
     micro_rows: int = 32
-    """Rows of one forward pass; batch_rows is a multiple of it."""
+    """Rows of one forward pass, fewer where a rank's share of batch_rows is no multiple of it; batch_rows is one."""
     max_grad_norm: float = 1.0  # P
     label_weight: float | None = None
     """Weight of the label token beside 1 of a rationale's; None = 1 with --model, 10 for a tiny model made here."""

@@ -6,6 +6,7 @@ A stage is a folder: checkpoints, train.jsonl, samples/, and `final` once it is 
 that was stopped goes on from its last whole checkpoint with the same numbers as a straight run (CPU, equal ranks).
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from relevance.config import SftConfig as SftSettings
 from relevance.files import Preference
 from relevance.grader import RolloutJob
 from relevance.language_model import LanguageModel
-from relevance.ranks import is_main, main_first, on_cpu
+from relevance.ranks import WAIT, from_main, is_main, main_first, num_ranks, on_cpu, wait_for_all
 from relevance.run_log import LOG_NAME, append_log, cut_log
 from relevance.sft_loss import RelevanceSFTTrainer, TokenWeights
 from relevance.tiny import ModelConfig
@@ -80,7 +81,7 @@ class Stage:
 
 
 class RunCallback(TrainerCallback):
-    """Write the log, stop at the time limit, and say how far the run is."""
+    """Write the log, stop all ranks at rank 0's time limit, and say how far the run is."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -98,7 +99,8 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Save and stop when the time is up; every step ends a generation window, so a resumed run is the same run."""
-        if self.stage.limits.is_over() and state.global_step < state.max_steps:
+        limits = self.stage.limits
+        if limits.deadline is not None and from_main(limits.is_over()) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -133,11 +135,18 @@ def train_sft(
             f"{len(rows)} rows, the longest with {longest} tokens; the model reads {limit}",
             option="give rows, lower prompt.max_prompt_tokens, or take a model with a longer context",
         )
+    ranks = num_ranks()
+    if settings.batch_rows % ranks:
+        raise ConfigError(
+            f"sft.batch_rows is {settings.batch_rows}, which {ranks} ranks cannot share alike: set a multiple"
+        )
+    rows_per_rank = settings.batch_rows // ranks
+    micro = math.gcd(settings.micro_rows, rows_per_rank)
     args = SFTConfig(
         **_common(stage, settings.learning_rate, settings.warmup_share, settings.max_grad_norm),
         num_train_epochs=settings.num_epochs,
-        per_device_train_batch_size=settings.micro_rows,
-        gradient_accumulation_steps=settings.batch_rows // settings.micro_rows,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=rows_per_rank // micro,
         lr_scheduler_type="cosine",
         adam_beta2=0.999,
         max_length=None,
@@ -178,7 +187,7 @@ def train_dpo(lm: LanguageModel, rows: Sequence[Preference], settings: DpoConfig
         **_common(stage, settings.learning_rate, 0.05, 1.0),
         num_train_epochs=settings.num_epochs,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, min(stage.engine.accumulation, len(rows) // micro)),
+        gradient_accumulation_steps=max(1, min(stage.engine.accumulation, len(rows) // (micro * num_ranks()))),
         lr_scheduler_type="constant_with_warmup",
         beta=settings.beta,
         loss_type=list(settings.loss_types),
@@ -276,7 +285,8 @@ class MarkComplete(TrainerCallback):
         self.stage = stage
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the state as the last file."""
+        """Write the state as the last file, when every rank has written its own."""
+        wait_for_all()
         if state.is_world_process_zero:
             mark_complete(self.stage.folder / f"checkpoint-{state.global_step}", self.stage.state)
 
@@ -370,6 +380,7 @@ def _common(stage: Stage, learning_rate: float, warmup_share: float, max_grad_no
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "use_cpu": on_cpu(),
+        "ddp_timeout": int(WAIT.total_seconds()),
         "report_to": "none",
         "disable_tqdm": True,
         "seed": stage.seed,

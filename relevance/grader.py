@@ -2,13 +2,13 @@
 
     grader = Grader(job, group_size=8)
     graded = grader.grade(texts, token_ids, pair_ids)
-    batch_numbers(graded, advantages)         every reward part, accuracy by label and family, faults and violations by kind
+    batch_numbers(graded, advantages)         of one rank: every reward part, accuracy by label and family, faults, violations
 
 Text of any kind gives a number; what has no gold gives NaN, and an infinite reward is refused by the pair's name.
 """
 
-import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from relevance.labels import violations
 from relevance.language_model import LanguageModel
 from relevance.methods import Graded, Method
 from relevance.rewards import Rewards
+from relevance.tally import Count, Highest, Mean, Number, Share, mean_of, spread_of
 from relevance.task import Task
 
 
@@ -86,28 +87,31 @@ class Grader:
         )
 
 
-def batch_numbers(graded: Graded, advantages: Tensor) -> dict[str, float]:
-    """Return what is logged about graded rollouts: every reward part, accuracies, faults, violations, advantages."""
-    rewards = graded.rewards
-    numbers = {"accuracy": float(rewards.correct.double().mean()), "unscorable": float(rewards.num_unscorable)}
+def batch_numbers(graded: Graded, advantages: Tensor) -> dict[str, Number]:
+    """Return what is logged about a rank's graded rollouts: every reward part, accuracies, faults, violations, advantages."""
+    rewards, count = graded.rewards, len(graded.pairs)
+    numbers: dict[str, Number] = {
+        "accuracy": mean_of(rewards.correct),
+        "unscorable": Count(float(rewards.num_unscorable)),
+    }
     for name, part in {"total": rewards.total, **rewards.parts}.items():
-        known = part[~part.isnan()]
-        if len(known):
-            numbers[f"reward/{name}/mean"] = float(known.mean())
-            numbers[f"reward/{name}/std"] = float(known.std(correction=0))
+        if not bool(part.isnan().all()):
+            numbers[f"reward/{name}/mean"] = mean_of(part)
+            numbers[f"reward/{name}/std"] = spread_of(part)
     for name, value in (("label", "label"), ("family", "family")):
         found: dict[Any, list[float]] = {}
         for pair, is_right in zip(graded.pairs, rewards.correct.tolist(), strict=True):
             found.setdefault(getattr(pair, value), []).append(float(is_right))
-        numbers |= {f"accuracy/{name}={key}": sum(rights) / len(rights) for key, rights in found.items()}
-    count = len(graded.pairs)
-    for parsed in graded.parsed:
-        for kind in {fault.kind for fault in parsed.errors}:
-            numbers[f"fault/{kind}"] = numbers.get(f"fault/{kind}", 0.0) + 1 / count
-    for parsed, pair in zip(graded.parsed, graded.pairs, strict=True):
-        for rule in violations(parsed, pair):
-            numbers[f"violation/{rule}"] = numbers.get(f"violation/{rule}", 0.0) + 1 / count
-    numbers["advantage/mean"] = float(advantages.mean())
-    numbers["advantage/std"] = float(advantages.std(correction=0))
-    numbers["advantage/max"] = float(advantages.abs().max()) if advantages.numel() else math.nan
+        numbers |= {f"accuracy/{name}={key}": Mean(sum(rights), len(rights)) for key, rights in found.items()}
+    faults = Counter(kind for parsed in graded.parsed for kind in {fault.kind for fault in parsed.errors})
+    numbers |= {f"fault/{kind}": Share(float(times), count) for kind, times in faults.items()}
+    broken = Counter(
+        rule for parsed, pair in zip(graded.parsed, graded.pairs, strict=True) for rule in violations(parsed, pair)
+    )
+    numbers |= {f"violation/{rule}": Share(float(times), count) for rule, times in broken.items()}
+    if advantages.ndim == 2:  # per token: what pads a completion is no advantage
+        lengths = torch.tensor([len(own) for own in graded.ids])
+        advantages = advantages[torch.arange(advantages.shape[1])[None] < lengths[:, None]]
+    numbers["advantage/mean"], numbers["advantage/std"] = mean_of(advantages), spread_of(advantages)
+    numbers["advantage/max"] = Highest(float(advantages.abs().max()) if advantages.numel() else 0.0)
     return numbers

@@ -3,8 +3,9 @@
     batch, graded = replay_failing(trainer, batch, graded, numbers)
 
 Behaviour log-probs of a guided row are those under its guided prompt; the policy is trained under the plain one. Those of plain
-rows stay NaN, and the loss fills them with the policy's own, so their ratio is exactly 1. All ranks sample the same number of
-rows, or none. Source: after TaoSR-AGRL arXiv:2510.08048; trigger, rows and levels: `replay`.
+rows stay NaN, and the loss fills them with the policy's own, so their ratio is exactly 1. Which groups fire is decided over the
+groups of all ranks; all ranks sample the same number of rows, or none. Source: after TaoSR-AGRL arXiv:2510.08048; trigger, rows
+and levels: `replay`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,21 +17,25 @@ from torch import Tensor
 from relevance.methods import Graded
 from relevance.padding import padded
 from relevance.replay import overwrite_rows, plan, tau_at
+from relevance.tally import Count, Highest, Number, mean_of
 
 if TYPE_CHECKING:
     from relevance.trainer import RelevanceGRPOTrainer
 
 
 def replay_failing(
-    trainer: "RelevanceGRPOTrainer", batch: dict[str, Any], graded: Graded, numbers: dict[str, float]
+    trainer: "RelevanceGRPOTrainer", batch: dict[str, Any], graded: Graded, numbers: dict[str, Number]
 ) -> tuple[dict[str, Any], Graded]:
     """Sample the worst rollouts of failing groups again under guidance, and keep what sampled them."""
     config = trainer.job.method.replay
     assert config is not None
     tau = tau_at(trainer.state.global_step, trainer.state.max_steps, config)
     correct = graded.grouped(graded.rewards.correct)
-    chosen = plan(graded.grouped(graded.rewards.total), correct, tau=tau, config=config)
-    numbers |= {"replay/tau": tau, "replay/groups": float(len(chosen.groups))}
+    accuracies = trainer.gather(correct.double().mean(1).to(trainer.accelerator.device)).to(correct.device)
+    first = trainer.accelerator.process_index * len(correct)
+    rewards = graded.grouped(graded.rewards.total)
+    chosen = plan(rewards, correct, tau=tau, config=config, accuracies=accuracies, first=first)
+    numbers |= {"replay/tau": Highest(tau), "replay/groups": Count(float(len(chosen.groups)))}
     open_groups = torch.arange(len(chosen.groups))
     for level in range(config.start_level, config.start_level + config.max_levels):
         per_group = chosen.rollouts.shape[1]
@@ -42,9 +47,9 @@ def replay_failing(
         failed = ~graded.rewards.correct[rows].view(-1, per_group).any(1)
         open_groups = open_groups[failed]
     guided = graded.is_guided
-    numbers["replay/share"] = float(guided.double().mean())
+    numbers["replay/share"] = mean_of(guided)
     if bool(guided.any()):
-        numbers["replay/accuracy"] = float(graded.rewards.correct[guided].double().mean())
+        numbers["replay/accuracy"] = mean_of(graded.rewards.correct[guided])
     return batch, graded
 
 
@@ -60,6 +65,7 @@ def _replay_rows(
         prompt_ids, completion_ids, _, texts, _, _, _, _ = trainer._generate(prompts)
     finally:
         trainer.rollouts_per_prompt = None
+    trainer.generated_tokens += sum(map(len, completion_ids))
     pad, device = trainer.job.lm.tokenizer.pad_token_id, trainer.accelerator.device
     ids, mask = padded(completion_ids, pad, on_left=False, device=device)
     guided = _log_probs_under(trainer, prompt_ids, ids, mask)

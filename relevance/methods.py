@@ -24,6 +24,7 @@ from relevance.reward_calls import RewardFunction, call_reward
 from relevance.rewards import RewardConfig, Rewards, is_correct, outcome, shaped, step_rewards
 from relevance.sampling import MIXED, AccuracyRange, keep_difficulty, keep_two_groups
 from relevance.step_advantages import StepAdvantageConfig, StepAdvantages, per_step, share_unanimous
+from relevance.tally import Highest, Mean, Number, mean_of
 from relevance.two_groups import Gate, TwoGroups, printed_gate, two_group_advantages
 from relevance.verify import StepVerifier
 
@@ -80,6 +81,8 @@ class Progress:
 
     step: int
     num_steps: int
+    mean_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+    """0-d tensor -> its mean over all ranks, which ask together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +93,8 @@ class Signal:
     """[B], or [B, C] with 0 on padding."""
     transfer: Tensor | None = None
     """[B], weights of the transfer term; 0 where a row takes no part. None: there is no such term."""
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    """For the log."""
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    """For the log, of this rank."""
 
     def is_silent(self, group_size: int) -> Tensor:
         """Return [Q] bool: groups in which nothing pushes the policy anywhere."""
@@ -206,7 +209,7 @@ def group_signal(config: GroupSignalConfig | None = None) -> SignalFunction:
         else:
             scores = two_baselines(rewards, graded.grouped(graded.is_guided), ddof=own.ddof, eps=own.eps)
         advantages = clamp(scores, own.limit).flatten()
-        numbers = {"advantage/share_clamped": float((scores.abs() > (own.limit or torch.inf)).double().mean())}
+        numbers = {"advantage/share_clamped": mean_of(scores.abs() > (own.limit or torch.inf))}
         if own.label_weight == own.rationale_weight == 1.0:
             return Signal(advantages=advantages.float(), numbers=numbers)
         spread_out = spread_label_rationale(
@@ -241,10 +244,11 @@ def step_signal(
         stage = stage_at(progress.step, progress.num_steps, stages)
         verdicts = step_rewards(graded.parsed, graded.pairs, profile, verifier)
         steps = verdicts.view(-1, graded.group_size, profile.num_steps)
-        numbers = {"stage": float(stage)}
+        numbers: dict[str, Number] = {"stage": Highest(float(stage))}
+        unanimous = share_unanimous(steps) * len(steps)
         for number, name in enumerate(profile.steps):
-            numbers[f"step/{name}/mean"] = _mean(verdicts[:, number])
-            numbers[f"step/{name}/unanimous"] = float(share_unanimous(steps)[number])
+            numbers[f"step/{name}/mean"] = mean_of(verdicts[:, number])
+            numbers[f"step/{name}/unanimous"] = Mean(float(unanimous[number]), float(len(steps)))
         if stages[stage].reward == "outcome":
             return replace(whole(graded, step_ids, progress), numbers=numbers)
         advantages = variant(steps, graded.grouped(graded.rewards.total), own).flatten(0, 1)
@@ -274,6 +278,7 @@ def two_group_signal(
             correct_with=correct_with,
             gate=gate,
             is_gap_of_batch=is_gap_of_batch,
+            mean_over_ranks=progress.mean_over_ranks,
             ddof=ddof,
             eps=eps,
             limit=limit,
@@ -295,23 +300,19 @@ def _halves(graded: Graded, values: Tensor) -> tuple[Tensor, Tensor]:
     return table[:, : graded.group_size // 2], table[:, graded.group_size // 2 :]
 
 
-def _two_group_numbers(found: TwoGroups, without: Tensor, with_chunk: Tensor, graded: Graded) -> dict[str, float]:
-    numbers = {
-        "accuracy/without": _mean(without),
-        "accuracy/with": _mean(with_chunk),
-        "gap/mean": _mean(found.gap),
-        "gate/alpha": _mean(found.alpha),
-        "gate/beta": _mean(found.beta),
-        "transfer/max": float(found.transfer.abs().max()),
+def _two_group_numbers(found: TwoGroups, without: Tensor, with_chunk: Tensor, graded: Graded) -> dict[str, Number]:
+    numbers: dict[str, Number] = {
+        "accuracy/without": mean_of(without),
+        "accuracy/with": mean_of(with_chunk),
+        "gap/mean": mean_of(found.gap),
+        "gate/alpha": mean_of(found.alpha),
+        "gate/beta": mean_of(found.beta),
+        "transfer/max": Highest(float(found.transfer.abs().max())),
     }
     decisions = [parse.fields.context[0] if parse.fields.context else None for parse in graded.parsed]
     half = graded.group_size // 2
     with_rows = [row for row in range(len(decisions)) if row % graded.group_size >= half]
     for decision in ("adopt", "partial", "ignore"):
-        numbers[f"context/{decision}"] = sum(decisions[row] == decision for row in with_rows) / max(1, len(with_rows))
+        told = sum(decisions[row] == decision for row in with_rows)
+        numbers[f"context/{decision}"] = Mean(float(told), float(len(with_rows)))
     return numbers
-
-
-def _mean(values: Tensor) -> float:
-    """Return the mean of the known values, NaN without any."""
-    return float(values.double().nanmean())

@@ -18,6 +18,7 @@ from relevance.evaluate import pass_curve
 from relevance.files import Preference, write_rows
 from relevance.language_model import LanguageModel
 from relevance.preferences import make_preferences
+from relevance.ranks import is_main
 from relevance.rollouts import SamplingConfig
 from relevance.sampling_stage import sample_stage
 from relevance.task import Task
@@ -49,10 +50,10 @@ def preference_stage(
         config=config.limits,
         seed=run.config.seed,
     )
-    write_rows(run.folder / "dpo" / "preferences.jsonl", found.rows)
     curve = pass_curve(right, max_k=config.num_samples) if len(chosen) else {}
-    write_json(
-        run.folder / "dpo" / "samples.json", {"pass": curve, "counts": dict(found.counts), "prompts": len(chosen)}
-    )
+    summary = {"pass": curve, "counts": dict(found.counts), "prompts": len(chosen)}
+    if is_main():
+        write_rows(run.folder / "dpo" / "preferences.jsonl", found.rows)
+        write_json(run.folder / "dpo" / "samples.json", summary)
     run.say(f"dpo: {len(found.rows)} preference pairs from {len(chosen)} prompts: {dict(found.counts)}")
     return found.rows

@@ -74,7 +74,15 @@ def tau_at(step: int, num_steps: int, config: ReplayConfig) -> float:
     return config.tau * min(max(left, 0.0), 1.0)
 
 
-def plan(rewards: Tensor, correct: Tensor, *, tau: float, config: ReplayConfig) -> Plan:
+def plan(
+    rewards: Tensor,
+    correct: Tensor,
+    *,
+    tau: float,
+    config: ReplayConfig,
+    accuracies: Tensor | None = None,
+    first: int = 0,
+) -> Plan:
     """Return which rollouts are sampled again.
 
     Args:
@@ -82,6 +90,8 @@ def plan(rewards: Tensor, correct: Tensor, *, tau: float, config: ReplayConfig) 
         correct: [Q, G] bool, raw correctness; the trigger never looks at the reward.
         tau: of this step, see `tau_at`.
         config: M, and the share of groups that may fire.
+        accuracies: [N * Q] of the groups of all N ranks, which share the batch and its cap; None is one rank.
+        first: place of this rank's first group among them.
 
     Raises:
         ValueError: shapes differ, or M exceeds G.
@@ -92,11 +102,12 @@ def plan(rewards: Tensor, correct: Tensor, *, tau: float, config: ReplayConfig) 
     num_replayed = group_size // 2 if config.num_replayed is None else config.num_replayed
     if num_replayed > group_size:
         raise ValueError(f"num_replayed {num_replayed} exceeds the group size {group_size}")
-    accuracy = correct.to(torch.float64).mean(1)
+    accuracy = correct.to(torch.float64).mean(1) if accuracies is None else accuracies
     order = accuracy.argsort(stable=True)
-    allowed = math.floor(config.max_guided_groups * num_groups) if num_replayed else 0
+    allowed = math.floor(config.max_guided_groups * len(accuracy)) if num_replayed else 0
     # the tolerance keeps 1 of 8 right at tau .125 whatever the rounding of an annealed tau
     groups = order[accuracy[order] <= tau + 1e-9][:allowed] if tau >= 0 else order[:0]
+    groups = groups[(groups >= first) & (groups < first + num_groups)] - first
     lowest = rewards.nan_to_num(-torch.inf).argsort(dim=1, stable=True)
     return Plan(groups=groups, rollouts=lowest[groups, :num_replayed], group_size=group_size)
 

@@ -73,10 +73,11 @@ class RelevanceSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what Trainer has, tokens under TRL's name, and the plain cross-entropy of each part on this rank's rows."""
+        """Log what Trainer has, tokens under TRL's name, and the plain cross-entropy of each part over all ranks' rows."""
         logs["num_tokens"] = self.state.num_input_tokens_seen
         if self._parts:
-            sums, counts = torch.stack(self._parts).sum(0)
+            of_ranks: Any = self.accelerator.gather(torch.stack(self._parts).sum(0)[None])
+            sums, counts = of_ranks.sum(0)
             logs |= mean_parts(sums.tolist(), counts.tolist(), has_prompt=bool(self.weights.prompt))
             self._parts.clear()
         super(SFTTrainer, self).log(logs)  # with a start time Trainer would mix its speeds into every line

@@ -15,6 +15,7 @@ from recis.errors import ConfigError
 from relevance.checkpoints import write_json
 from relevance.config import SheRun
 from relevance.language_model import LanguageModel
+from relevance.ranks import is_main
 from relevance.rollouts import GREEDY
 from relevance.sampling_stage import sample_stage
 from relevance.task import Task
@@ -46,7 +47,8 @@ def run_verifier(run: TrainingRun[SheRun], lm: LanguageModel, task: Task) -> Hyb
         known["rm"] = noisy_oracle(task.hidden_steps, accuracy=config.rm_accuracy, seed=run.config.seed)
     chosen = {name: known[name] for name in config.verifiers}
     off, measured = _weak(run, lm, task, chosen)
-    write_json(run.folder / "she" / "verifiers.json", measured)
+    if is_main():
+        write_json(run.folder / "she" / "verifiers.json", measured)
     return Hybrid(verifiers=chosen, switched_off=off)
 
 

@@ -4,7 +4,8 @@
 
 TRL 1.16.0 calls the underscore methods that are overridden here; another version is refused on import, and
 tests/relevance/test_trl_contract.py holds what they rely on. Each group lies whole on one rank (rows per rank are a multiple
-of G), so all group maths is local; whatever gathers is called by all ranks alike. Source: hooks, TRL 1.16.0; maths, `methods`.
+of G), so all group maths is local; whatever gathers is called by all ranks alike, and what is logged is that of all ranks.
+Source: hooks, TRL 1.16.0; maths, `methods`.
 """
 
 import time
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
@@ -25,9 +27,11 @@ from relevance.grader import Grader, RolloutJob, batch_numbers
 from relevance.guided_rollouts import replay_failing
 from relevance.methods import Graded, Progress, Signal
 from relevance.padding import padded
+from relevance.ranks import wait_for_all
 from relevance.refill import PromptReserve, replace_groups
 from relevance.rewards import Rewards
 from relevance.steps import step_ids
+from relevance.tally import Count, Highest, Number, mean_of, merged
 from relevance.token_head import use_token_head
 from relevance.two_groups import transfer_term
 
@@ -71,17 +75,24 @@ class RelevanceGRPOTrainer(GRPOTrainer):
             for model in (self.model, self.ref_model):
                 if model is not None:
                     use_token_head(_base_of(model), temperature=self.temperature)
+        ranks = self.accelerator.num_processes
+        if job.method.refill_rounds and len(job.reserve) < ranks:
+            raise ConfigError(
+                f"{len(job.reserve)} prompts to refill dead groups from leave none for some of {ranks} ranks: give more "
+                "prompts, or set rl.refill_rounds=0"
+            )
         self.reserve = PromptReserve(
             num_prompts=len(job.reserve),
             seed=args.seed,
             rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
+            num_ranks=ranks,
         )
         self.last_graded: Graded | None = None
         self.last_signal: Signal | None = None
         self.rollouts_per_prompt: int | None = None
         self._fill_old: dict[str, Tensor] | None = None
         self._bad_steps: list[int] = []
+        self.generated_tokens = 0
         self._seconds: dict[str, float] = {}
 
     @property
@@ -103,8 +114,9 @@ class RelevanceGRPOTrainer(GRPOTrainer):
         if not self.is_training:
             return super()._generate_and_score_completions(inputs)
         method, size = self.job.method, self.grader.group_size
+        numbers: dict[str, Number] = {}
+        self.generated_tokens = 0
         batch, graded = self._rollout(inputs)
-        numbers: dict[str, float] = {}
         if method.replay is not None:
             batch, graded = replay_failing(self, batch, graded, numbers)
         batch, graded, signal, dead = self._refill(batch, graded, numbers)
@@ -135,6 +147,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):
         finally:
             self.rollouts_per_prompt = None
         assert self.grader.last is not None
+        self.generated_tokens += sum(map(len, self.grader.last.ids))
         return batch, self.grader.last
 
     def _row_of(self, pair_id: str) -> dict[str, Any]:
@@ -147,20 +160,22 @@ class RelevanceGRPOTrainer(GRPOTrainer):
     # ---- refill
 
     def _signal(self, graded: Graded) -> Signal:
-        progress = Progress(step=self.state.global_step, num_steps=self.state.max_steps)
+        progress = Progress(
+            step=self.state.global_step, num_steps=self.state.max_steps, mean_over_ranks=self._mean_over_ranks
+        )
         return self.job.method.signal(graded, self._step_ids(graded), progress)
 
     def _refill(
-        self, batch: dict[str, Any], graded: Graded, numbers: dict[str, float]
+        self, batch: dict[str, Any], graded: Graded, numbers: dict[str, Number]
     ) -> tuple[dict[str, Any], Graded, Signal, Tensor | None]:
         """Replace dead groups by fresh prompts; returns which are still dead, None where the method keeps them."""
         method, size = self.job.method, self.grader.group_size
         signal = self._signal(graded)
         dead = self._dead(graded, signal)
-        numbers["groups/dead"] = float(dead.double().mean())
+        numbers["groups/dead"] = mean_of(dead)
         if not method.refill_rounds:
             return batch, graded, signal, None
-        refilled = wasted = 0
+        refilled = 0
         for _ in range(method.refill_rounds):
             places = dead.nonzero().flatten()
             count = self.most_of_ranks(len(places))
@@ -171,18 +186,16 @@ class RelevanceGRPOTrainer(GRPOTrainer):
             fresh, fresh_graded = self._rollout(inputs)
             if "old_per_token_logps" in batch and "old_per_token_logps" not in fresh:
                 fresh["old_per_token_logps"] = torch.full_like(fresh["completion_mask"], torch.nan, dtype=torch.float32)
-            is_alive = ~self._dead(fresh_graded, self._signal(fresh_graded))
-            alive = is_alive.nonzero().flatten()[: len(places)]
+            is_dead = self._dead(fresh_graded, self._signal(fresh_graded))
+            alive = (~is_dead).nonzero().flatten()[: len(places)]
             target = places[: len(alive)]
-            wasted += sum(len(ids) for row, ids in enumerate(fresh_graded.ids) if not is_alive[row // size])
             refilled += len(alive)
             batch, graded = self._put_groups(batch, graded, fresh, fresh_graded, alive, target)
             signal = self._signal(graded)
             dead = self._dead(graded, signal)
         numbers |= {
-            "groups/refilled": float(refilled),
-            "groups/dropped": float(dead.sum()),
-            "tokens/wasted": float(wasted),
+            "groups/refilled": Count(float(refilled)),
+            "groups/dropped": Count(float(dead.sum())),
         }
         return batch, graded, signal, dead
 
@@ -249,6 +262,9 @@ class RelevanceGRPOTrainer(GRPOTrainer):
         """Return the rows of all ranks, one behind the other."""
         return cast(Tensor, self.accelerator.gather(values))
 
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        return self.gather(value.to(self.accelerator.device).view(1)).mean().to(value)
+
     # ---- loss
 
     def _transfer_inputs(self, graded: Graded, weight: Tensor) -> dict[str, Tensor]:
@@ -291,7 +307,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):
         whole_mask = torch.cat([inputs["lx_prompt_mask"][rows], mask], dim=1)
         logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, whole_mask, completion.shape[1])
         lx = transfer_term(logps, mask, weight[rows]) / (len(weight) / 2)
-        self._metrics["train"]["lx"].append(float(lx.detach()))
+        self._metrics["train"]["lx"].append(float(self._mean_over_ranks(lx.detach())))
         scale = float(inputs["loss_scale"]) if "loss_scale" in inputs else 1.0
         return 0.5 * self.job.method.lx_coef * lx * scale / self.current_gradient_accumulation_steps
 
@@ -331,15 +347,16 @@ class RelevanceGRPOTrainer(GRPOTrainer):
         return pad_sequence(rows, batch_first=True, padding_value=-1)
 
     def _log_batch(
-        self, graded: Graded, signal: Signal, batch: Mapping[str, Any], numbers: Mapping[str, float]
+        self, graded: Graded, signal: Signal, batch: Mapping[str, Any], numbers: Mapping[str, Number]
     ) -> None:
-        log = dict(numbers) | dict(signal.numbers) | batch_numbers(graded, signal.advantages)
-        log["seconds/reward"] = self.grader.seconds
+        own = dict(numbers) | dict(signal.numbers) | batch_numbers(graded, signal.advantages)
+        own["seconds/reward"] = Highest(self.grader.seconds)
         self.grader.seconds = 0.0
-        log["tokens/generated"] = float(sum(map(len, graded.ids))) + log.get("tokens/wasted", 0.0)
+        own["tokens/generated"] = Count(float(self.generated_tokens))
+        own["tokens/wasted"] = Count(float(self.generated_tokens - sum(map(len, graded.ids))))
         mask = batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
-        log["tokens/trained"] = float(mask.sum())
-        for name, value in log.items():
+        own["tokens/trained"] = Count(float(mask.sum()))
+        for name, value in merged(gather_object([own])).items():
             self._metrics["train"][name].append(value)
 
     def _add_seconds(self, phase: str, seconds: float) -> None:
@@ -354,6 +371,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        wait_for_all()  # each rank writes its own random state
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             state = {"reserve_taken": self.reserve.taken, "bad_steps": self._bad_steps, **(self.job.state or {})}

@@ -230,7 +230,7 @@ def open_run(
         settings: "a.b=c" of the recipe's config.
         resume: go on with the run in `out`; what is not given is as it was.
         max_minutes: stop with a checkpoint after this time.
-        say: where progress goes.
+        say: where progress goes; ranks but 0 say nothing.
         config: the recipe's config before `settings`; None takes its default.
         task: the task instead of data or catalogue, for callers in Python.
 
@@ -242,7 +242,8 @@ def open_run(
 
     find_recipe(recipe)
     asked = {"recipe": recipe, "model": model, "data": data, "settings": list(settings)}
-    asked = _asked(out, asked, resume=resume)
+    with main_first():  # rank 0 looks at the folder and refuses for all; the ranks are connected from here on
+        asked = _asked(out, asked, resume=resume)
     own = override(config or default_config(recipe), asked["settings"])
     chosen = own.model.path if asked["model"] is None else asked["model"]
     rules, digest = "catalog", ""
@@ -274,8 +275,12 @@ def open_run(
         data_hash=digest,
         rules=rules,
         deadline=deadline,
-        say=say,
+        say=say if is_main() else _unsaid,
     )
+
+
+def _unsaid(line: str) -> None:
+    """Leave the telling to rank 0."""
 
 
 def find_rules(name: str) -> RuleBase | None:

@@ -67,6 +67,7 @@ def two_group_advantages(
     correct_with: Tensor | None = None,
     gate: Gate = printed_gate,
     is_gap_of_batch: bool = False,
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     limit: float | None = 2.0,
     transfer_limit: float | None = None,
     ddof: int = 0,
@@ -80,6 +81,7 @@ def two_group_advantages(
         correct_without, correct_with: [Q, n] 0 or 1 that the accuracies count; None takes the returns themselves.
         gate: alpha and beta of the gap.
         is_gap_of_batch: one gap for all queries, the mean of theirs: the text has both.
+        mean_over_ranks: of the batch's gap, where the batch lies on several ranks with Q queries each.
         limit: clamp of A_0 and A_1.
         transfer_limit: clamp of T; the paper has none.
         ddof, eps: as in `group_zscore`.
@@ -97,7 +99,8 @@ def two_group_advantages(
     accuracy_with = moments(with_chunk if correct_with is None else correct_with.to(without.dtype))[0]
     gap = accuracy_with - accuracy_without
     if is_gap_of_batch:
-        gap = gap.mean().expand_as(gap)
+        mean = gap.mean()
+        gap = (mean if mean_over_ranks is None else mean_over_ranks(mean)).expand_as(gap)
     alpha, beta = gate(gap)
     transfer = torch.where(joint > 0, alpha[:, None] * joint, beta[:, None] * joint)
     return TwoGroups(

@@ -21,6 +21,7 @@ from relevance.engine import train_rl
 from relevance.grader import RolloutJob
 from relevance.language_model import LanguageModel
 from relevance.methods import Method, outcome_reward, step_signal
+from relevance.ranks import is_main
 from relevance.rewards import step_rewards
 from relevance.rollouts import SamplingConfig
 from relevance.sampling import AccuracyRange
@@ -112,10 +113,11 @@ def _pools(
             ids = pools[-1] if pools else [pair.id for pair in own]
             run.say(f"she: no prompt falls into stage {number + 1}; it takes {len(ids)} prompts of the stage before")
         pools.append(ids)
-    write_json(
-        run.folder / "she" / "pools.json",
-        {"prompts": len(pairs), "diverse": len(diverse), "stages": [len(pool) for pool in pools]},
-    )
+    if is_main():
+        write_json(
+            run.folder / "she" / "pools.json",
+            {"prompts": len(pairs), "diverse": len(diverse), "stages": [len(pool) for pool in pools]},
+        )
     return pools
 
 

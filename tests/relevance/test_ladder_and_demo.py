@@ -1,16 +1,11 @@
-"""The ladder runs its cells once and reports them; the demo prints before and after; two ranks agree on every weight."""
+"""The ladder runs its cells once and reports them; the demo prints before and after; rewards of a user's own."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_lm import MICRO, MICRO_RL, load_micro
+from tiny_lm import MICRO_RL
 
 from recis.errors import ConfigError
 from relevance.demo import SHOWN, majority, run_demo
@@ -21,7 +16,6 @@ from relevance.recipes import RECIPES, default_config
 from relevance.reward_calls import RewardError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[2]
 TINY = Preset(
     name="tiny",
     rows=("sft", "grpo", "dyknow"),
@@ -139,55 +133,3 @@ class TestOwnReward:
     def test_its_numbers_are_the_reward(self):
         rewards = own_reward("half", lambda parsed, pairs: torch.full((len(pairs),), 0.5))([], [])
         assert rewards.total.shape == (0,)
-
-
-RANK = """
-import json, sys, warnings
-from pathlib import Path
-warnings.filterwarnings("ignore")
-from relevance.cli import main
-from relevance.trainer import RelevanceGRPOTrainer
-
-train = RelevanceGRPOTrainer.train
-
-def recorded(self, *args, **kwargs):
-    out = train(self, *args, **kwargs)
-    sums = [repr(float(p.double().sum())) for p in self.accelerator.unwrap_model(self.model).parameters()]
-    Path(self.args.output_dir, f"weights-rank-{self.accelerator.process_index}.json").write_text(json.dumps(sums))
-    return out
-
-RelevanceGRPOTrainer.train = recorded
-raise SystemExit(main(sys.argv[1:]))
-"""
-
-
-def test_two_ranks_replay_and_refill_alike_and_end_with_the_same_weights(tmp_path):
-    """A recipe with uneven needs per rank, two processes over gloo: each rank's weights after every step are one model's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = [*MICRO, "rl.num_generations=4", "rl.prompts_per_step=8", "rl.max_completion_tokens=6", "rl.max_steps=2",
-                "replay.tau=1", "engine.save_steps=1", "sft.num_epochs=0.2"]  # fmt: skip
-    flags = [text for setting in settings for text in ("--set", setting)]
-    command = [sys.executable, "-c", RANK, "train", "agrl", "--out", str(tmp_path / "run"), *flags, "--debug"]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    log = [json.loads(line) for line in (tmp_path / "run" / "rl" / "train.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2]
-    model = load_micro(tmp_path / "run" / "rl" / "final").model
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
-    sums = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "rl").glob("weights-rank-*.json"))]
-    assert len(sums) == 2
-    assert sums[0] == sums[1]
