@@ -315,3 +315,27 @@ def test_ids_of_the_next_step_travel_beside_this_one(fleet, data, straight, tmp_
             )
     assert begun_early["false", 0] == begun_early["false", 1] == 0
     assert min(begun_early["true", 0], begun_early["true", 1]) >= 4
+
+
+def test_a_run_goes_on_with_other_settings_that_change_no_value(fleet, data, straight, tmp_path):
+    """Begun with overlap, killed, resumed without: all ranks must say so, the new settings hold, bytes are equal."""
+    run = tmp_path / "run"
+    killed_on_the_way(fleet, data, run, ((2, 5),))
+    first = 1 + max((int(path.name.removeprefix("step_")) for path in list_checkpoints(run)), default=0)
+    free = ("parallel.timeline_steps=2", "parallel.link_delay_ms=20", "parallel.timeout_s=50", "parallel.overlap=false")
+    line = one_line(
+        fleet.run(2, [train(data, run, *free, resume=True), train(data, run, *free[:-1], resume=True)])
+    )  # overlap decides the order of collectives
+    assert "rank 1 would not run what rank 0 runs: config.parallel.overlap: false -> true" in line
+    line = one_line(fleet.run(2, train(data, run, "parallel.rows_dtype=bfloat16", *free, resume=True)))
+    assert "the run there was started otherwise" in line
+    assert 'settings.parallel.rows_dtype: "(absent)" -> "bfloat16"' in line
+    ended_well(fleet.run(2, train(data, run, *free, resume=True)))
+    assert differences(straight["end"], merged(newest(run))) == []
+    for rank in (0, 1):
+        every = spans(run, rank)
+        assert [e["args"]["step"] for e in every if e["name"] == "update"] == [first, first + 1]
+        updates = [e for e in every if e["name"] == "update"]
+        ids = [e for e in every if e["name"].startswith("ids for") and e["tid"] == 1]
+        assert all(e["dur"] >= 20_000 for e in ids)
+        assert not any(e["ts"] < u["ts"] and e["end"] > u["end"] for u in updates for e in ids)

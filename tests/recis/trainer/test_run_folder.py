@@ -1,11 +1,14 @@
 """The run folder: empty or resumed, one config, one writer, left-overs cleaned."""
 
 import json
+from typing import Any
 
 import pytest
 
+from recis.distributed import Parallel
 from recis.errors import CheckpointError, ConfigError
 from recis.trainer.run_folder import RunFolder, read_config
+from recis.trainer.serialize import to_json
 
 CONFIG = json.dumps({"steps": 1, "optimizer": {"lr": 0.1}})
 
@@ -33,6 +36,28 @@ def test_resume_with_another_config(tmp_path):
     RunFolder(tmp_path, CONFIG, resume=False).close()
     with pytest.raises(ConfigError, match=r"another config: optimizer\.lr: 0\.1 -> 0\.2"):
         RunFolder(tmp_path, json.dumps({"steps": 1, "optimizer": {"lr": 0.2}}), resume=True)
+
+
+def config_of(**settings: Any) -> str:
+    return json.dumps({"steps": 1, "parallel": to_json(Parallel(**settings))})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("overlap", False), ("timeline_steps", 3), ("link_delay_ms", 5.0), ("timeout_s", 9.0)]
+)
+def test_resume_with_another_setting_that_changes_no_value(tmp_path, name, value):
+    RunFolder(tmp_path, config_of(), resume=False).close()
+    RunFolder(tmp_path, config_of(**{name: value}), resume=True).close()
+    assert read_config(tmp_path) == json.loads(config_of())  # how the run was started
+
+
+@pytest.mark.parametrize(("name", "value"), [("parts", 4), ("rows_dtype", "bfloat16")])
+def test_resume_with_a_setting_that_changes_values(tmp_path, name, value):
+    RunFolder(tmp_path, config_of(), resume=False).close()
+    with pytest.raises(
+        ConfigError, match=rf"another config: parallel\.{name}: .* -> .*\(parallel\.overlap, .* may differ\)"
+    ):
+        RunFolder(tmp_path, config_of(**{name: value}, overlap=False), resume=True)
 
 
 def test_resume_where_no_run_began(tmp_path):
