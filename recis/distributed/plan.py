@@ -97,7 +97,7 @@ def make_plan(
     shape, ranks, costs = simulation.shape, simulation.world_size, simulation.costs
     if costs is None:
         raise ConfigError("a plan needs costs: recis simulate --measure")
-    sliced = _table_lines(shape, rows, ranks)
+    sliced = [*_table_lines(shape, rows, ranks), *_dealt_lines(shape, ranks)]
     fixed = [
         *_dense_lines(shape, ranks),
         *_exchange_lines(simulation),
@@ -179,7 +179,7 @@ def _table_lines(shape: ModelShape, rows: Mapping[str, tuple[int, str]], ranks: 
 def _dense_lines(shape: ModelShape, ranks: int) -> list[Line]:
     numbers, kept = shape.dense_parameters, shape.optimizer_numbers
     if shape.dense_at_once is not None and ranks > 1:
-        return _sharded_lines(shape, shape.dense_at_once, ranks)
+        return _gathered_lines(shape, shape.dense_at_once)
     own = _FLOAT_BYTES * (2 * numbers + kept)
     return [
         Line(
@@ -195,15 +195,25 @@ def _dense_lines(shape: ModelShape, ranks: int) -> list[Line]:
     ]
 
 
-def _sharded_lines(shape: ModelShape, at_once: int, ranks: int) -> list[Line]:
+def _dealt_lines(shape: ModelShape, ranks: int) -> list[Line]:
+    """Return what a rank holds of a dense part that is dealt: like rows of tables, the less the more ranks there are."""
+    if shape.dense_at_once is None or ranks == 1:
+        return []
     numbers, kept = shape.dense_parameters, shape.optimizer_numbers
-    grads = numbers if shape.dense_grads_whole else min(numbers, at_once)
     return [
         Line(
             name="dense part, dealt",
             num_bytes=_FLOAT_BYTES * -(-(2 * numbers + kept) // ranks),
             text=f"({numbers:,} weights and gradients, {kept:,} of the optimizer) / {ranks:,} ranks x 4 B",
-        ),
+        )
+    ]
+
+
+def _gathered_lines(shape: ModelShape, at_once: int) -> list[Line]:
+    """Return what of a dense part that is dealt is whole on a rank while it computes."""
+    travelling = min(at_once, shape.dense_parameters)
+    grads = shape.dense_parameters if shape.dense_grads_whole else travelling
+    return [
         Line(
             name="dense weights, gathered",
             num_bytes=_FLOAT_BYTES * at_once,
@@ -211,8 +221,8 @@ def _sharded_lines(shape: ModelShape, at_once: int, ranks: int) -> list[Line]:
         ),
         Line(
             name="dense gradients, whole",
-            num_bytes=_FLOAT_BYTES * (grads + min(numbers, at_once)),
-            text=f"({grads:,} before they are dealt + {min(numbers, at_once):,} on their way) x 4 B",
+            num_bytes=_FLOAT_BYTES * (grads + travelling),
+            text=f"({grads:,} before they are dealt + {travelling:,} on their way) x 4 B",
         ),
     ]
 

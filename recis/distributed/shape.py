@@ -83,6 +83,9 @@ class ModelShape:
         dense_s: seconds of the dense part's forward, loss and backward: (fixed, per sample); zeros = not known.
         batch_size: samples of a step in the recipe; None = not known.
         overlap: whether the next step's ids travel while the dense part computes.
+        dense_at_once: dense numbers that a rank gathers at most, where each keeps 1/W of them (`parallel.shard_dense`);
+            None: every rank has all of them.
+        dense_grads_whole: whether it then collects the gradients of several micro-batches whole, before they are dealt.
     """
 
     tables: tuple[TableShape, ...]
@@ -94,6 +97,8 @@ class ModelShape:
     dense_s: tuple[float, float] = (0.0, 0.0)
     batch_size: int | None = None
     overlap: bool = True
+    dense_at_once: int | None = None
+    dense_grads_whole: bool = False
 
     def table_of(self, feature: str) -> TableShape:
         """Return the table of a feature."""

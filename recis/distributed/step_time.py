@@ -128,6 +128,9 @@ def _dense(shape: ModelShape, costs: Costs, ranks: int, batch: float) -> Iterato
         chunk = FLOAT_BYTES * -(-shape.dense_parameters // ranks)
         moved = np.full(ranks, chunk * (ranks - 1), np.int64)
         yield _exchange("dense gradients", moved, moved, costs)
+        if shape.dense_at_once is not None:  # weights: before forward and again before backward
+            yield Phase("dense weights", np.full(ranks, 2 * costs.all_gather(chunk, ranks)), 2 * moved, 2 * moved)
+            return
         yield _gather("sums of dense gradients", chunk, costs, ranks)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,7 +61,8 @@ def plan_recipe(
         facts = record(config, path, max_samples=max_samples, max_steps=None if trace is None else 1)
         sample = Trace(path if trace is None else trace)
         _check_features(sample, facts)
-        sample.shape = facts.shape
+        micro_batches = config.accumulate_steps * (config.parallel.parts or world_size)
+        sample.shape = replace(facts.shape, dense_grads_whole=micro_batches > world_size)
         for name in told:
             if name not in (names := [table.name for table in facts.shape.tables]):
                 raise ConfigError(f"--rows {name}=...: no table {name!r}; {nearest(name, names)}")
@@ -103,6 +105,10 @@ def _batch(config: TrainConfig, facts: RecipeFacts, world_size: int) -> tuple[in
     """Return the samples of a rank per step, and what to say of it."""
     total = facts.shape.batch_size or 1
     batch, notes = -(-total // world_size), []
+    try:
+        config.parallel.deals_dense(world_size, deterministic=config.deterministic)
+    except ConfigError as error:
+        notes.append(f"training would refuse this: {error}")
     if isinstance(config.train_data, DataConfig):
         notes += _refused_by_training(config, config.train_data, world_size)
     if total < world_size:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from recis.distributed.batches import samples_of
+from recis.distributed.dense_units import whole_at_once
 from recis.distributed.shape import ModelShape
 from recis.distributed.trace import TraceWriter
 from recis.errors import ConfigError
@@ -154,6 +155,7 @@ def _shape(config: TrainConfig, model: nn.Module, ids: ModelIds) -> ModelShape:
         overlap=config.parallel.overlap,
         rows_item=torch.finfo(getattr(torch, config.parallel.rows_dtype)).bits // 8,
         dense_parameters=sum(value.numel() for value in parameters.values()),
+        dense_at_once=whole_at_once(model, config.parallel.unit_parameters) if config.parallel.shard_dense else None,
     )
 
 

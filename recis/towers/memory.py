@@ -43,14 +43,19 @@ def measure_memory(model: nn.Module, optimizer: torch.optim.Optimizer, tables: M
         tables: by name, as Trainer.tables.
     """
     counts: dict[str, dict[str, int]] = {}
+
+    def own_of(parameter: nn.Parameter) -> dict[str, int]:
+        name = part_of(parameter) or "ranker"
+        return counts.setdefault(name, dict.fromkeys(("frozen", "trained", "grad", "state"), 0))
+
     for parameter in model.parameters():
-        own = counts.setdefault(
-            part_of(parameter) or "ranker", dict.fromkeys(("frozen", "trained", "grad", "state"), 0)
-        )
-        own["trained" if parameter.requires_grad else "frozen"] += _bytes(parameter)
-        own["grad"] += 0 if parameter.grad is None else _bytes(parameter.grad)
-        state = optimizer.state.get(parameter, {})
-        own["state"] += sum(_bytes(value) for value in state.values() if isinstance(value, Tensor))
+        own_of(parameter)["trained" if parameter.requires_grad else "frozen"] += _bytes(parameter)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:  # where the dense part is dealt to ranks these are not the model's own
+            own = own_of(parameter)
+            own["grad"] += 0 if parameter.grad is None else _bytes(parameter.grad)
+            state = optimizer.state.get(parameter, {})
+            own["state"] += sum(_bytes(value) for value in state.values() if isinstance(value, Tensor))
     mapped = {name: _mapped(tower) for name, tower in getattr(model, "towers", {}).items()}
     parts = [_of_table(name, table) for name, table in tables.items()]
     for name in dict.fromkeys((*counts, *mapped)):

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from recis.models.inputs import PooledInputs
 from recis.trainer import InitFrom, TrainConfig, Trainer
 
-UNIT = 60  # parameters: `first`, the two blocks and `frozen` are units, `tied`, `last` and the loose parameters are not
+UNIT = 60  # parameters: `first`, the blocks, `frozen` and `small` are units; `back`, `again`, `last` and loose ones are not
 
 
 class Net(nn.Module):
     """forward(batch) -> logits [B, 1]."""
 
-    def __init__(self, tables: Any, dense: Any, *, double: bool = False) -> None:
+    def __init__(self, tables: Any, dense: Any) -> None:
         super().__init__()
         self.inputs = PooledInputs(tables, dense, seed=5)
         width = self.inputs.num_fields * self.inputs.field_dim() + 1
@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(13, 13), nn.ReLU()) for _ in range(2)])
         self.frozen = nn.Linear(13, 13)
         self.frozen.requires_grad_(False)
-        self.tied = nn.Linear(13, 7)
+        self.small = nn.Linear(13, 7)
         self.back = nn.Linear(7, 13)
         self.back.weight = nn.Parameter(torch.randn(13, 7) * 0.1)
         self.again = nn.Linear(7, 13)
@@ -42,8 +42,6 @@ class Net(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
         self.rare = nn.Parameter(torch.ones(3))
         self.unused = nn.Parameter(torch.ones(5, 2))
-        if double:
-            self.last.double()
 
     def forward(self, batch: Any) -> Tensor:
         dense = self.inputs.dense(batch)
@@ -52,71 +50,23 @@ class Net(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden)
         hidden = hidden + self.frozen(hidden)
-        small = self.tied(hidden)
-        hidden = hidden + self.back(small) + self.again(small)
-        logits = self.last(hidden.to(self.last.weight.dtype)).float() * self.gain
+        narrow = self.small(hidden)
+        hidden = hidden + self.back(narrow) + self.again(narrow)
+        logits = self.last(hidden) * self.gain
         if bool((dense[:1] > 0.8).any()):  # one sample of five: some ranks of a step have one at the front
             logits = logits * self.rare.mean()
         return logits
 
 
-class Peeking(Net):
-    """It uses a unit's weights and never calls the unit."""
-
-    def forward(self, batch: Any) -> Tensor:
-        unit: Any = self.blocks[0]
-        return super().forward(batch) + unit[0].weight.sum()
-
-
-class Hidden:
-    """An output that torch cannot look into."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-
-class Hiding(Net):
-    def forward(self, batch: Any) -> Any:
-        return Hidden(super().forward(batch))
-
-
-class NoneTrain(Net):
-    def __init__(self, *given: Any, **more: Any) -> None:
-        super().__init__(*given, **more)
-        self.requires_grad_(False)
-
-
-MODELS = {"net": Net, "peeking": Peeking, "hiding": Hiding, "none": NoneTrain, "double": partial(Net, double=True)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class BuildNet:
-    """A model of the table above, over the tables of job_recipe."""
+    """The model over the tables of job_recipe."""
 
-    name: str
     tables: Any
     dense: Any
 
     def build(self) -> nn.Module:
-        return MODELS[self.name](self.tables, self.dense)
-
-
-@dataclass(frozen=True)
-class ByRows:
-    """An optimizer that keeps one number per row of a parameter."""
-
-    def build(self, parameters: Any) -> torch.optim.Optimizer:
-        return _RowSgd(list(parameters), {"lr": 0.01})
-
-
-class _RowSgd(torch.optim.Optimizer):
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for value in group["params"]:
-                if value.grad is not None and value.ndim:
-                    self.state[value]["rows"] = torch.zeros(value.shape[0], 1)
-                    value -= group["lr"] * value.grad
+        return Net(self.tables, self.dense)
 
 
 @dataclass(frozen=True)
@@ -137,7 +87,7 @@ class Sees:
 def evaluate(trainer: Trainer) -> dict[str, float]:
     """Return the norm of a unit's weights, which a rank alone reads, and of what it computes."""
     model: Any = trainer.model
-    assert type(model) in MODELS.values()
+    assert vars(type(model)) == vars(Net)  # not the class that torch has put over it
     return {
         "first": float(model.first[0].weight.detach().norm()),
         "run": float(model.blocks[0](torch.ones(1, 13)).detach().norm()),
@@ -153,7 +103,8 @@ def write_down(trainer: Trainer, out: Path | None, *, probe: str) -> None:
         name: {
             "own": value.numel() * value.element_size(),
             "state": sum(v.numel() * v.element_size() for v in optimizer.get(value, {}).values() if v.ndim),
-            "whole": model.get_parameter(name).numel() * 4,
+            "seen": model.get_parameter(name).numel() * 4,
+            "shape": list(model.get_parameter(name).shape),
         }
         for name, value in trainer.dense_parameters.items()
     }
@@ -169,11 +120,7 @@ def recipe(
     data: str | None,
     out: Path,
     probe: str = "",
-    model: str = "net",
-    micro: int = 1,
     init: str = "",
-    rows: bool = False,
-    loss: str = "",
     faults: str = "",
 ) -> TrainConfig:
     """Return the run; `probe` is a folder for what ranks write down, `init` a checkpoint to start from."""
@@ -181,23 +128,11 @@ def recipe(
     base: Any = config.model
     return replace(
         config,
-        model=BuildNet(name=model, tables=base.tables, dense=base.dense),
-        accumulate_steps=micro,
-        evaluate=evaluate if model == "net" else None,
+        model=BuildNet(tables=base.tables, dense=base.dense),
+        evaluate=evaluate,
         eval_every_steps=3,
         after=partial(write_down, probe=probe) if probe else None,
         hooks=(*config.hooks, Sees(probe)) if probe else config.hooks,
-        dense_optimizer=ByRows() if rows else config.dense_optimizer,
-        loss=_hidden_loss if model == "hiding" else config.loss,
-        score=_hidden_score if model == "hiding" else config.score,
         init_from=InitFrom(paths=(init,)) if init else None,
         parallel=replace(config.parallel, shard_dense=True, unit_parameters=UNIT),
     )
-
-
-def _hidden_loss(output: Any, batch: Any) -> Tensor:
-    return torch.nn.functional.binary_cross_entropy_with_logits(output.logits, batch.labels, reduction="sum")
-
-
-def _hidden_score(output: Any) -> Tensor:
-    return torch.sigmoid(output.logits)

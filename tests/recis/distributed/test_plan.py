@@ -60,7 +60,8 @@ def planned(tmp_path: Path, **given: Any) -> plan.Plan:
     with TraceWriter(tmp_path / "t.parquet", replace(plain_shape(("item",), dim=16), batch_size=8)) as writer:
         writer.write({"item": ids}, {"item": torch.arange(257) * 4})
     trace = Trace(tmp_path / "t.parquet")
-    trace.shape = replace(trace.shape, dense_parameters=100, optimizer_numbers=200)
+    shape = {"dense_parameters": 100, "optimizer_numbers": 200} | given.pop("shape", {})
+    trace.shape = replace(trace.shape, **shape)
     result = simulate.simulate(trace, world_size=4, costs=BY_HAND)
     seen = {"item": IdStatistics(samples=256, positions=1024, distinct_half=300, distinct=500, zipf=1.0, most=0.1)}
     settings = {"rows": {"item": (1_000_000, "as given")}, "program_bytes": 1_000_000, "memory_limit": None} | given
@@ -82,6 +83,32 @@ def test_memory_adds_up(tmp_path):
     assert account["exchange of lookup 0"] == exchange
     assert found.memory_bytes == sum(account.values())
     assert found.fits is None
+
+
+def test_a_dealt_dense_part_counts_by_its_share(tmp_path):
+    def account(**given: Any) -> dict[str, int]:
+        return {line.name: line.num_bytes for line in planned(tmp_path, shape=given).lines_of_memory}
+
+    whole = account()
+    found = account(dense_at_once=70)
+    assert "dense part" not in found
+    assert found["dense part, dealt"] == 4 * (100 + 100 + 200) // 4
+    assert found["dense weights, gathered"] == 4 * 70
+    assert found["dense gradients, whole"] == 4 * (70 + 70)
+    several = account(dense_at_once=70, dense_grads_whole=True)  # micro-batches collect theirs before any travels
+    assert several["dense gradients, whole"] == 4 * (100 + 70)
+    assert {name: found.get(name) for name in whole if not name.startswith("dense")} == {
+        name: size for name, size in whole.items() if not name.startswith("dense")
+    }
+    phases = planned(tmp_path, shape={"dense_at_once": 70}).simulation.plain.phases
+    seconds, sent, _ = phases["dense weights"]
+    assert seconds == pytest.approx(2 * BY_HAND.all_gather(100, 4))  # 25 numbers of each rank, twice
+    assert sent == 2 * 100 * 3
+    assert "sums of dense gradients" not in phases
+    limited = planned(tmp_path, shape={"dense_at_once": 70}, memory_limit=20_000_000)
+    fixed = sum(size for name, size in found.items() if name in ("program", "exchange of lookup 0"))
+    fixed += found["dense weights, gathered"] + found["dense gradients, whole"]
+    assert limited.least_world == math.ceil(4 * (sum(found.values()) - fixed) / (20_000_000 - fixed))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -110,6 +110,17 @@ def test_a_plan_that_fits(capsys):
     assert "distinct ids in 2," in out
 
 
+def test_a_plan_deals_the_dense_part(capsys):
+    command = f"plan {DLRM} --world 4 --costs costs.json --samples 1000 --json --set deterministic=false"
+    plans = {}
+    for dealt in ("false", "true"):
+        assert run(f"{command} --set parallel.shard_dense={dealt} --set parallel.unit_parameters=1000") == 0
+        found = json.loads(capsys.readouterr().out)
+        plans[dealt] = {line["name"]: line["bytes"] for line in found["memory"]}
+    assert plans["true"]["dense part, dealt"] == -(-plans["false"]["dense part"] // 16) * 4
+    assert plans["true"]["dense weights, gathered"] <= plans["false"]["dense gradients, flat"] / 4
+
+
 def test_a_plan_that_cannot_fit(capsys):
     command = f"plan {DLRM} --world 2 --memory-per-rank 4 --rows item=2e9 --costs costs.json --samples 1000"
     assert run(f"{command} --json") == 1
@@ -317,6 +328,11 @@ def test_windows_and_watched_folders(tmp_path):
             5,
             ("parallel.parts=4",),
             "training would refuse this: parallel.parts=4 must be a multiple of the 5 processes",
+        ),
+        (
+            2,
+            ("parallel.shard_dense=true",),
+            "training would refuse this: parallel.shard_dense: gradients are added in an",
         ),
         (2, ("accumulate_steps=5",), "accumulate_steps=5: planned as one lookup of the whole step"),
     ],
