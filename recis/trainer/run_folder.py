@@ -1,7 +1,7 @@
 """The folder of a run: config.json, metrics.jsonl, step_%09d/, predictions/, and who may write into it.
 
-A new run wants an empty folder; `--resume` wants the same config, but for settings that change no value. A lock (flock on `.lock`, freed by the system when its
-process dies) keeps two processes out of one folder.
+A new run wants an empty folder; `--resume` wants the same config, but for settings that change no value. A lock (flock on
+`.lock`, freed by the system when its process dies) keeps two processes out of one folder.
 """
 
 import fcntl
