@@ -126,35 +126,35 @@ def bytes_add_up(probe: Path, alone: Path, world_size: int) -> None:
 
 
 def test_a_run_goes_on_at_other_world_sizes(fleet, data, straight, tmp_path):
-    """2 dealt, 1 not dealt, 4 dealt, killed on the way each time: losses and the end are those of the straight run."""
+    """2 dealt, 2 not dealt, 4 dealt, killed on the way each time: losses and the end are those of the straight run."""
     run, plan, probe = tmp_path / "run", tmp_path / "plan.json", tmp_path / "probe"
     probe.mkdir()
     settings = (f"probe={probe}", f"faults={plan}")
-    for number, (world_size, step) in enumerate(((2, 3), (1, 4))):
+    for number, (world_size, step, dealt) in enumerate(((2, 3, "true"), (2, 5, "false"))):
         plan.write_text(json.dumps({"step": step, "rank": world_size - 1, "kind": "kill"}))
-        done = fleet.run(world_size, train(data, run, *settings, resume=number > 0))
+        asked = (*settings, f"parallel.shard_dense={dealt}")
+        done = fleet.run(world_size, train(data, run, *asked, resume=number > 0))
         assert all(rank.code for rank in done), [rank.err for rank in done]
         if world_size > 1 and done[0].err:  # rank 0 had the time to say whom it waited for
             assert re.search(r"recis: step \d, .*: rank 1 gives no sign of life", done[0].err), done[0].err
-    ended_well(fleet.run(4, train(data, run, *settings, resume=True)))
+    ended_well(fleet.run(4, train(data, run, *settings, resume=True)))  # the setting it was started with holds again
     assert losses(run) == pytest.approx(straight["losses"], rel=1e-6)
     assert_close(merged(newest(run)), straight["end"])
     assert verify(run) == []
 
 
-def test_a_dealt_checkpoint_starts_runs_that_are_dealt_or_not(fleet, data, tmp_path):
-    """init_from takes weights and optimizer state of a dealt run into any other, and the other way round."""
-    first = tmp_path / "first"
-    ended_well(fleet.run(2, train(data, first, "max_steps=2")))
+def test_a_new_run_starts_from_the_weights_and_state_of_another(fleet, data, straight, tmp_path):
+    """init_from, once alone and once dealt to four: both train on from there alike."""
     ends = {}
-    for name, world_size, dealt in (("dealt", 4, "true"), ("whole", 2, "false")):
-        run = tmp_path / name
-        more = (f"init={newest(first)}", "max_steps=2", f"parallel.shard_dense={dealt}")
-        ended_well(fleet.run(world_size, train(data, run, *more)))
-        ends[name] = (losses(run), merged(newest(run)))
-    assert ends["dealt"][0] == pytest.approx(ends["whole"][0], rel=1e-6)
-    assert_close(ends["dealt"][1], ends["whole"][1])
-    assert float(ends["whole"][1]["optim.first.0.weight.step"]) == 4  # the optimizer's state went along
+    for world_size in (1, 4):
+        run = tmp_path / str(world_size)
+        ended_well(fleet.run(world_size, train(data, run, f"init={newest(straight['run'])}", "max_steps=1")))
+        ends[world_size] = (losses(run), merged(newest(run)))
+    assert ends[4][0] == pytest.approx(ends[1][0], rel=1e-6)
+    assert_close(ends[4][1], ends[1][1])
+    assert (
+        float(ends[4][1]["optim.first.0.weight.step"]) == job_recipe.MAX_STEPS + 1
+    )  # the optimizer's state went along
 
 
 def test_gradients_and_whole_weights_by_ranks(fleet):
