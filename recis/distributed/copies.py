@@ -22,6 +22,7 @@ from torch import Tensor
 from recis.distributed.ranks import Ranks
 from recis.distributed.room import Memory
 from recis.distributed.travelling import Travelling
+from recis.embedding.lookups import StoreLookup
 from recis.embedding.rows import RowStore
 from recis_kernels.embedding_bag import row_gather
 from recis_kernels.hash_index import HashIndex
@@ -40,7 +41,7 @@ class Used:
 
     Attributes:
         number: order of the lookup among all since the last update, see TableExchange.
-        source: who asked.
+        there: what this rank looked up as an owner, of the pairs that were asked for.
         slots: int64 [C], distinct.
         sightings: int32 [C].
         sums: gradients, float32 [C, D]; None: none came.
@@ -48,7 +49,7 @@ class Used:
     """
 
     number: int
-    source: object
+    there: StoreLookup
     slots: Tensor
     sightings: Tensor
     sums: Tensor | None = None
@@ -178,6 +179,7 @@ class Copies:
         for place, used in enumerate(waiting):
             by_rank = [*arrived[: ranks.rank, place], out[others, place], *arrived[ranks.rank :, place]]
             self._look_up(used, by_rank)
+        self._store.extended()
 
     def _write(self, blocks: np.ndarray, used: Used) -> None:
         """Write one lookup into blocks [W, K (words + 1)] int32: sums of all slots of a rank, then their sightings."""
@@ -207,7 +209,7 @@ class Copies:
         return sums.contiguous().view(torch.int32).numpy()
 
     def _look_up(self, used: Used, by_rank: list[Tensor]) -> None:
-        """Look up, as the owner, what all ranks read from their copies in one lookup, and attach their sums."""
+        """Add to what this rank looked up as an owner what all ranks read from their copies, and attach their sums."""
         own, split = self._set.own_ids.numel(), self._set.width * self._num_words
         words = torch.stack([block[split : split + own] for block in by_rank])  # [W, M]
         seen = words & ~_UNREACHED
@@ -216,12 +218,10 @@ class Copies:
         if not found.numel():
             return
         self._count(self._set.own_rows[found], (seen[:, found] > 0).sum(0))
-        tables = torch.arange(self._store.num_tables, dtype=torch.int32)
-        bounds = torch.searchsorted(self._set.own_tables[found], torch.arange(self._store.num_tables + 1).int())
-        ranges = self._set.own_ids[found], bounds, tables
-        there = self._store.look_up_own(ranges, train=True, source=used.source, counts=total[found].int())
+        mine, there = self._set, used.there
+        first = there.extend(mine.own_ids[found], mine.own_tables[found], total[found].int(), mine.own_rows[found])
         inverse = torch.full((own,), -1, dtype=torch.int32)
-        inverse[found] = there.inverse.int()
+        inverse[found] = torch.arange(first, first + found.numel(), dtype=torch.int32)
         rank, reached = self._ranks.rank, words > 0
         assert there.grads is not None
         for piece, part in enumerate((slice(0, rank), slice(rank, rank + 1), slice(rank + 1, None))):

@@ -143,7 +143,7 @@ class Sent:
     def from_copies(self) -> Used:
         """Return what it read from copies, without gradients."""
         first = self.here.counts.numel() - self.slots.numel()
-        return Used(self.number, self.here.source, self.slots, self.here.counts[first:])
+        return Used(self.number, self.there, self.slots, self.here.counts[first:])
 
 
 @dataclass(slots=True)

@@ -100,6 +100,15 @@ class ExactLookups:
         found.first = self._tags[rows.clamp(min=0)] != self._tag
         self._tags[rows[rows >= 0]] = self._tag
 
+    def mark_again(self, records: Sequence[StoreLookup]) -> None:
+        """Do `mark_first` for all lookups of the step: some were extended."""
+        self._tags = grown(self._tags, self._store.owners.owner.numel(), 0)
+        self._tag += 1
+        for record in records:
+            rows = record.row_numbers.numpy()
+            record.first = torch.from_numpy(self._tags.numpy()[np.maximum(rows, 0)] != self._tag)
+            self._tags.numpy()[rows[rows >= 0]] = self._tag
+
     def write_metadata(self, record: StoreLookup) -> None:
         """Write last_seen and count of a lookup's rows."""
         store = self._store

@@ -63,6 +63,19 @@ class StoreLookup:
         """Whether backward left a gradient that no optimizer step has consumed."""
         return not self.applied and self.grads is not None and any(view.grad is not None for view in self.grads.views)
 
+    def extend(self, ids: Tensor, tables: Tensor, counts: Tensor, rows: Tensor) -> int:
+        """Add pairs [M] that it has not looked up and that have a row, seen counts times; return the first one's index."""
+        first = self.ids.numel()
+        self.ids, self.tables = torch.cat([self.ids, ids]), torch.cat([self.tables, tables])
+        self.counts = torch.cat([self.counts, counts])
+        self.row_numbers, self.read_rows = torch.cat([self.row_numbers, rows]), torch.cat([self.read_rows, rows])
+        if self.outcome is not None:
+            self.outcome = torch.cat([self.outcome, self.outcome.new_full((ids.numel(),), FOUND)])
+        if self.grads is not None:
+            self.grads.rows = torch.cat([self.grads.rows, rows])
+            self.grads.table_of_row, self.grads.counts = self.tables, self.counts
+        return first
+
     def drop_table(self, table: int) -> None:
         """Make as if the ids of this table had not been looked up; the gather that was done stays valid."""
         keep = self.tables != table

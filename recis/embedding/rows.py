@@ -68,6 +68,9 @@ class Exchange(Protocol):
 
     def among_lowest(self, scores: Tensor, last_seen: Tensor, ids: Tensor, num_rows: int) -> Tensor: ...
 
+    @property
+    def num_copies(self) -> int: ...
+
     def slices_of(self, table: int) -> tuple[int, int]: ...
 
     def settle(self) -> None: ...
@@ -222,6 +225,12 @@ class RowStore:
                 self.lookups.mark_first(found, self._records)
             self._records.append(found)
         return found
+
+    def extended(self) -> None:
+        """Say that training lookups of the step under way were extended (StoreLookup.extend) on the CPU."""
+        if len(self._records) > 1:
+            assert isinstance(self.lookups, ExactLookups)
+            self.lookups.mark_again(self._records)
 
     def place(self, ids: Tensor, tables: Tensor) -> Tensor:
         """Give absent ids [N] of tables int32 [N] fresh rows, in this order; return the rows."""
@@ -396,8 +405,13 @@ class RowStore:
     # ---- taking rows away
 
     def changed_by_hand(self) -> None:
-        """Say that rows were written or removed outside of a step: processes that share them copy none any more."""
-        if self.exchange is not None:
+        """Say that rows are about to be written or removed by hand: processes that share them copy none any more.
+
+        Raises:
+            ValueError: lookups of a step under way have read from copies.
+        """
+        if self.exchange is not None and self.exchange.num_copies:
+            self.require_boundary("writing or removing rows by hand, of which every rank has copies,")
             self.exchange.forget_copies()
 
     def evict(self, rows: Tensor) -> Tensor:

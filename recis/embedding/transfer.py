@@ -59,6 +59,7 @@ def export(store: "RowStore", table: int, since_step: int | None) -> dict[str, T
 def import_rows(store: "RowStore", table: int, fields: Mapping[str, Tensor]) -> None:
     """Write rows as `export` returns them, see HashTable.import_rows."""
     fields = _checked_fields(store, table, fields)
+    store.changed_by_hand()
     ids = fields["ids"]
     if not bool((ids[1:] > ids[:-1]).all()):  # a checkpoint's ids ascend: nothing to sort
         ordered = ids.sort().values
@@ -79,6 +80,7 @@ def insert(store: "RowStore", table: int, ids: Tensor, weights: Tensor, state: M
     """Give ids rows by force, see HashTable.insert."""
     fields = {"ids": ids, "weight": weights, **{f"state.{name}": values for name, values in (state or {}).items()}}
     fields = _checked_fields(store, table, fields)
+    store.changed_by_hand()
     last = {row_id: place for place, row_id in enumerate(fields["ids"].tolist())}
     kept = torch.tensor(sorted(last.values()), dtype=torch.int64).to(store.device)
     fields = {name: values[kept] for name, values in fields.items()}
@@ -123,7 +125,6 @@ def _written(store: "RowStore", table: int, ids: Tensor) -> None:
     store.logs[table].written(ids)
     store.eviction.reset()
     store.index.maintain()
-    store.changed_by_hand()
 
 
 def _name(store: "RowStore", table: int) -> str:
@@ -157,29 +158,30 @@ def _checked_fields(store: "RowStore", table: int, fields: Mapping[str, Tensor])
 def remove(store: "RowStore", table: int, ids: Tensor) -> int:
     """Take rows away by hand, see HashTable.remove."""
     ids, _, _ = store.one_range(ids, table)
+    store.changed_by_hand()
     ids = ids.unique()
     _forget_sightings(store, table, ids)
     rows = store.index.find(ids, table)
     rows = rows[rows >= 0]
     store.free(rows)
     store.index.maintain()
-    store.changed_by_hand()
     return rows.numel()
 
 
 def evict_older_than(store: "RowStore", table: int, step: int) -> Tensor:
     """Evict rows last seen before `step`, see HashTable.evict_older_than. Lookups not yet booked count as seen."""
+    store.changed_by_hand()
     store.book_last_seen()
     _, rows = store.index.export(table)
     old = store.blocks.read(rows, ("last_seen",))["last_seen"] < step
     ids = store.evict(rows[old])
     store.index.maintain()
-    store.changed_by_hand()
     return ids
 
 
 def clear(store: "RowStore", table: int) -> None:
     """Make a table as new, see HashTable.clear."""
+    store.changed_by_hand()
     wanted = torch.zeros(
         store.reserved + 1, dtype=torch.bool, device=store.device
     )  # the last: default rows, which stay
@@ -191,7 +193,6 @@ def clear(store: "RowStore", table: int) -> None:
     store.totals.clear(table)
     store.forget_lookups(table)
     store.t[table] = 0
-    store.changed_by_hand()
     if int(store.defaults.rows[table]) >= 0:
         store.initialise_default_rows(torch.tensor([table]).to(store.device))
 

@@ -233,6 +233,19 @@ def test_rows_written_by_hand_end_the_copies():
     assert on_ranks(2, work) == [(0, 20.0, 0, 1.0)] * 2
 
 
+def test_rows_written_by_hand_inside_a_step_are_refused():
+    def work(ranks: ThreadRanks):
+        rank = Rank(ranks, WHOLE)
+        rank.step(1, 2)
+        rank.bags(bag(1))
+        with pytest.raises(
+            ValueError, match=r"of which every rank has copies, needs the boundary of a step: call end_step"
+        ):
+            rank.set["t"].clear()
+
+    on_ranks(2, work)
+
+
 def test_rows_written_by_hand_on_one_rank_are_named():
     def work(ranks: ThreadRanks):
         rank = Rank(ranks, WHOLE)
