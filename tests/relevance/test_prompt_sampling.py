@@ -221,6 +221,11 @@ def test_preferences_are_levelled():
     found = preferences_of([right[2], right[3]], pairs=pairs, config=PreferenceConfig())
     assert Counter(read(row.chosen).label for row in found.rows) == {2: 4, 3: 2}
     assert found.counts["dropped_label"] == 6
+    # one pair of a label would take all others away but two: it sets no limit below a tenth of an even share
+    pairs = [make_pair(2, id=f"a{n}") for n in range(40)] + [make_pair(3, id="b")]
+    found = preferences_of([right[2], right[3]], pairs=pairs, config=PreferenceConfig())
+    assert Counter(read(row.chosen).label for row in found.rows) == {2: 40, 3: 1}
+    assert (found.counts["dropped_label"], found.counts["scarce_labels"]) == (0, 1)
     # 8 own pairs and 10 of the oracle: 2 of 10 is a share of .2
     own, none = [make_pair(2, id=f"a{n}") for n in range(8)], [make_pair(2, id=f"b{n}") for n in range(10)]
     samples = {pair.id: samples_of(right[2], right[3]) for pair in own} | {
