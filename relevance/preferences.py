@@ -19,7 +19,6 @@ from relevance.data import Pair
 from relevance.files import Preference, Sample
 from relevance.labels import Parsed, Profile
 
-
 SCARCE = 0.1
 
 
@@ -41,7 +40,7 @@ class PreferenceSet:
 
     rows: tuple[Preference, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
-    """all_right, no_oracle, duplicates, over_prompt_limit, dropped_oracle, dropped_label, scarce_labels, and pairs by source."""
+    """all_right, no_oracle, duplicates, over_prompt_limit, dropped_oracle, dropped_label, scarce_labels; pairs by source."""
 
 
 Reader = Callable[[str], Parsed]
