@@ -21,7 +21,7 @@ import numpy as np
 from recis.errors import ConfigError
 from recis_kernels import calibration
 
-FORMAT, VERSION = "recis-costs", 1
+FORMAT, VERSION = "recis-costs", 2
 
 # op -> what an item is, and which bytes move
 OPS: Mapping[str, tuple[str, str]] = {
@@ -45,12 +45,20 @@ class OpCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkCost:
-    """Cost of messages between ranks, and what it was measured between."""
+    """Cost of messages between ranks that compute, and what it was measured between.
+
+    Attributes:
+        latency_s, gather_latency_s: of a small message to or from another rank, behind some computing.
+        gb_per_s: of a large one.
+        between: whom.
+        crowding: how many times as long ranks compute side by side, until the slowest is done, than one of them alone.
+    """
 
     latency_s: float
     gather_latency_s: float
     gb_per_s: float
     between: str
+    crowding: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +123,8 @@ class Costs:
         return (
             f"costs: {here}, {self.threads} thread{'s' if self.threads > 1 else ''}, {self.measured_at}, load "
             f"{self.load_average[0]} to {self.load_average[1]}; copy {self.copy_gb_per_s:.1f} GB/s; link "
-            f"{self.link.gb_per_s:.2f} GB/s, {self.link.latency_s * 1e6:.0f} us per message, between {self.link.between}"
+            f"{self.link.gb_per_s:.2f} GB/s, {self.link.latency_s * 1e6:.0f} us per message, between {self.link.between}; "
+            f"side by side {self.link.crowding:.2f} times as long"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,7 +180,7 @@ def load(path: Path) -> Costs:
         numbers += [costs.link.latency_s, costs.link.gather_latency_s]
         if (
             not all(math.isfinite(n) and n >= 0 for n in numbers)
-            or not min(costs.copy_gb_per_s, costs.link.gb_per_s) > 0
+            or not min(costs.copy_gb_per_s, costs.link.gb_per_s, costs.link.crowding) > 0
         ):
             raise ValueError("a cost is negative or not finite")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

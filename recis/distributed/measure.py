@@ -2,7 +2,8 @@
 
     ops     the engine's own code on a table of 200,000 rows with one rank, part by part: 4,096 and 65,536 positions of width
             16, 65,536 of width 128; three times give fixed, per item and per byte
-    link    two processes, gloo over the loop-back: messages of 8 bytes, then of 4 MiB
+    link    two processes, gloo over the loop-back: messages of 8 bytes behind some computing, as in a step, then of 4 MiB;
+            the same computing by one of them alone, and by both at once
 
 Popular ids are drawn as 1 / rank. Medians of rounds; the whole takes about ten seconds, most of it filling tables.
 """
@@ -15,7 +16,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ NUM_ROWS = 200_000
 CASES = ((4096, 16), (65_536, 16), (65_536, 128))  # positions, row width
 ROUNDS = 9
 MESSAGE_BYTES = 4 << 20
+ROUNDS_ALONE, ROUNDS_BOTH = 50, 200  # of messages; one process computes between the first, both between the others
+_PIECES = 10
 _BAG = 16
 _LINK_WAIT_S = 60.0
 
@@ -194,7 +196,7 @@ def measure_link(*, scale: float = 1.0) -> LinkCost:
     try:
         if not ours.poll(_LINK_WAIT_S):
             raise RecisError(f"the two processes that measure the link gave no answer within {_LINK_WAIT_S:.0f} s")
-        latency_s, gather_s, large_s, num_bytes = ours.recv()
+        times, large_s, num_bytes = ours.recv()
         for child in children:
             child.join(_LINK_WAIT_S)
     except EOFError as error:
@@ -203,13 +205,40 @@ def measure_link(*, scale: float = 1.0) -> LinkCost:
         for child in children:
             if child.is_alive():
                 child.terminate()
+    alone, both = times[:, :ROUNDS_ALONE, 0], times[:, ROUNDS_ALONE:]
+    later = np.median(both.min(0), 0)  # who comes later waits for nobody
+    latency_s, gather_s = float(later[1]), float(later[2])
     moving_s = max(large_s - latency_s, 1e-9)
     return LinkCost(
         latency_s=latency_s,
         gather_latency_s=gather_s,
         gb_per_s=num_bytes / moving_s / 1e9,
         between="two processes of one machine",
+        crowding=crowding(alone[0], both[:, :, 0]),
     )
+
+
+def crowding(alone: np.ndarray, both: np.ndarray) -> float:
+    """Return how many times as long work takes side by side until the slower is done: seconds alone [A], of both [2, B].
+
+    A step is some ten such pieces, so that a hiccup in one of them makes the step a tenth longer: means over ten, and of
+    these the median.
+    """
+    tens = both.shape[1] // _PIECES * _PIECES
+    slower = both.max(0)[:tens].reshape(-1, _PIECES).mean(1)
+    return max(1.0, float(np.median(slower) / np.median(alone)))
+
+
+def _computing() -> Callable[[], object]:
+    """Return a millisecond or two of a small dense part, as ranks do it between messages."""
+    model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    values = torch.full((512, 128), 0.5)
+
+    def once() -> None:
+        model.zero_grad()
+        model(values).square().mean().backward()
+
+    return once
 
 
 def _serve(rank: int, port: int, scale: float, pipe: Connection | None) -> None:
@@ -220,16 +249,22 @@ def _serve(rank: int, port: int, scale: float, pipe: Connection | None) -> None:
     ranks = Ranks(rank, 2, store=store, group=dist.group.WORLD, timeout_s=_LINK_WAIT_S)
     words = max(8, int(MESSAGE_BYTES * scale) // 8)
     small, large, one = torch.zeros(2), torch.zeros(2 * words, dtype=torch.int64), torch.zeros(1)
-    work: Sequence[Callable[[], Any]] = (
-        lambda: ranks.all_to_all(small, [1, 1], [1, 1], "a small message"),
-        lambda: ranks.all_gather(one, "a number"),
-        lambda: ranks.all_to_all(large, [words, words], [words, words], "a large message"),
+    compute = _computing()
+    compute()
+    rounds = []
+    for number in range(ROUNDS_ALONE + max(_PIECES, int(ROUNDS_BOTH * scale))):
+        alone = number < ROUNDS_ALONE
+        computed = _timed(compute) if rank == 0 or not alone else 0.0
+        sent = _timed(lambda: ranks.all_to_all(small, [1, 1], [1, 1], "a small message"))
+        if not alone:
+            compute()
+        gathered = _timed(lambda: ranks.all_gather(one, "a number"))
+        rounds.append([computed, sent, gathered])
+    times = ranks.all_gather(torch.tensor(rounds, dtype=torch.float64), "the times").numpy()
+    large_s = median(
+        _timed(lambda: ranks.all_to_all(large, [words, words], [words, words], "a large message")) for _ in range(15)
     )
-    seconds = []
-    for run, rounds in zip(work, (200, 200, 15), strict=True):
-        run()
-        seconds.append(median(_timed(run) for _ in range(rounds)))
     if pipe is not None:
-        pipe.send((*seconds, 8 * words))
+        pipe.send((times, large_s, 8 * words))
     dist.barrier()
     dist.destroy_process_group()

@@ -21,6 +21,7 @@ from recis_kernels.hash_probe import GROUP_SLOTS, SLOT_BYTES
 from recis_kernels.row_blocks import RowLayout
 
 _GROW_LOAD = 0.75  # of the hash index between steps
+_TIMED = ("dense_s", "trainer_s", "features_s")
 _SIGHTING_BYTES = 4 * 8 + 4  # id, count, last_seen, last_seen_s; owner
 _FEWEST_OWNERS = RowOwners().owner.numel()
 
@@ -80,7 +81,10 @@ class ModelShape:
         rows_item: bytes of a number of a row or gradient on its way between ranks.
         dense_parameters: trainable numbers of the dense part.
         optimizer_numbers: numbers that the dense optimizer keeps.
-        dense_s: seconds of the dense part's forward, loss and backward: (fixed, per sample); zeros = not known.
+        dense_s: seconds of the dense part's forward, loss, backward and update: (fixed, per sample); zeros = not known.
+        trainer_s: of what a trainer's step does besides: weights, seeds, metrics, gradients taken and put back; likewise.
+        features_s: of making a Batch of the columns read; likewise.
+        small_gathers: messages of a few numbers that a step gathers: weights, losses, and whether a hook stops the run.
         batch_size: samples of a step in the recipe; None = not known.
         overlap: whether the next step's ids travel while the dense part computes.
         dense_at_once: dense numbers that a rank gathers at most, where each keeps 1/W of them (`parallel.shard_dense`);
@@ -95,6 +99,9 @@ class ModelShape:
     dense_parameters: int = 0
     optimizer_numbers: int = 0
     dense_s: tuple[float, float] = (0.0, 0.0)
+    trainer_s: tuple[float, float] = (0.0, 0.0)
+    features_s: tuple[float, float] = (0.0, 0.0)
+    small_gathers: int = 2
     batch_size: int | None = None
     overlap: bool = True
     dense_at_once: int | None = None
@@ -134,13 +141,18 @@ def shape_from_json(value: Mapping[str, Any]) -> ModelShape:
             for table in value["tables"]
         )
         lookups = tuple(tuple(lookup) for lookup in value["lookups"])
-        fixed, per_sample = value["dense_s"]
-        rest = {key: one for key, one in value.items() if key not in ("tables", "lookups", "dense_s")}
-        return ModelShape(tables=tables, lookups=lookups, dense_s=(float(fixed), float(per_sample)), **rest)
+        rest = {key: one for key, one in value.items() if key not in ("tables", "lookups", *_TIMED)}
+        timed: dict[str, Any] = {name: _seconds(value[name]) for name in _TIMED if name == "dense_s" or name in value}
+        return ModelShape(tables=tables, lookups=lookups, **timed, **rest)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the trace's note of its tables cannot be read ({error!r}): written by another release; record it again"
         ) from error
+
+
+def _seconds(value: Sequence[Any]) -> tuple[float, float]:
+    fixed, per_sample = value
+    return float(fixed), float(per_sample)
 
 
 def table_shape(config: TableConfig, *, store: int = 0) -> TableShape:

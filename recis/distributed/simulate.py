@@ -3,8 +3,8 @@
     trace --Replay--> volumes per rank --phases_of_step--> seconds per rank;  means over all steps but the first
 
 The first step makes nearly all rows and chooses the hot ids, so it counts in the growth of memory alone (unless it is the
-only one). What the estimate leaves out: reading, features, waiting for a slow machine; its error against real runs is
-measured by `benchmarks/simulate_error.py`.
+only one). What the estimate leaves out: reading, logs, evaluation and checkpoints, waiting for a slow machine; its error
+against real runs is measured by `benchmarks/simulate_error.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -330,7 +330,7 @@ def lines(result: Simulation) -> Iterator[str]:
             f"{result.plain.step_s / result.hot.step_s:.2f}x (copies of hot ids are not in the engine yet)"
         )
     if result.shape.dense_s == (0.0, 0.0):
-        yield "the dense part's time is not known to this trace and counts as 0; recis simulate --record notes it"
+        yield "what is not tables has no time in this trace and counts as 0; recis simulate --record notes it"
 
 
 def _side_lines(side: Side) -> Iterator[str]:

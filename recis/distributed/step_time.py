@@ -1,12 +1,14 @@
 """How long a step of W ranks takes, from its volumes and measured costs: phase by phase, the slowest rank of each.
 
+    features
     distinct ids, numbers of ids, ids, lookup at owners, rows, pooling   of each lookup
-    weights and losses, dense part, dense gradients
+    trainer, weights and losses, dense part, dense gradients
     sums of gradients, gradients, update at owners                       of each lookup
     copies of hot ids: their gradients are all-reduced and every rank updates them
 
 An exchange waits for all, so phases are added and ranks are not. With overlap, the ids of the next step travel while the
 dense part computes: what of that is no longer than the dense part counts nothing, and all other phases follow one another.
+Where there are several ranks, all computing takes `crowding` times as long: cores share a memory, and all wait for the slowest.
 Each rank has a core of its own unless `cores` says that all of them share so many.
 """
 
@@ -57,6 +59,8 @@ def phases_of_step(
     """
     ranks = volumes[0].positions.size
     found: list[Phase] = []
+    if any(shape.features_s):
+        found.append(_still("features", np.full(ranks, _of_batch(shape.features_s, batch)), costs))
     for number, one in enumerate(volumes):
         found += _lookup(shape, number, one, costs, ranks)
     found += _dense(shape, costs, ranks, batch)
@@ -78,9 +82,14 @@ def hidden_s(shape: ModelShape, wall_s: Mapping[str, float]) -> float:
     return min(sum(wall_s.get(name, 0.0) for name in HIDDEN), wall_s.get(_BEHIND, 0.0))
 
 
-def _still(name: str, seconds: np.ndarray) -> Phase:
+def _still(name: str, seconds: np.ndarray, costs: Costs) -> Phase:
     none = np.zeros(seconds.size, np.int64)
-    return Phase(name, seconds, none, none)
+    return Phase(name, seconds * (costs.link.crowding if seconds.size > 1 else 1.0), none, none)
+
+
+def _of_batch(seconds: tuple[float, float], batch: float) -> float:
+    fixed, per_sample = seconds
+    return fixed + per_sample * batch
 
 
 def _exchange(name: str, sent: np.ndarray, received: np.ndarray, costs: Costs) -> Phase:
@@ -96,7 +105,7 @@ def _lookup(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: i
     row = FLOAT_BYTES * shape.dim_of(number)
     travelling = shape.row_item(number) * shape.dim_of(number)
     row_bytes = shape.table_of(shape.lookups[number][0]).row_bytes
-    yield _still("distinct ids", costs.seconds("dedup", one.positions))
+    yield _still("distinct ids", costs.seconds("dedup", one.positions), costs)
     moved = np.full(ranks, _COUNT_BYTES * (ranks - 1) * len(shape.tables_of(number)), np.int64)
     yield _exchange("numbers of ids", moved, moved, costs)
     yield _exchange("ids", WORD_BYTES * one.words_out, WORD_BYTES * one.words_in, costs)
@@ -104,26 +113,30 @@ def _lookup(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: i
     yield _still(
         "lookup at owners",
         costs.seconds("lookup", served, served * row) + costs.seconds("insert", one.inserted, one.inserted * row_bytes),
+        costs,
     )
     yield _exchange("rows", (one.received - one.own) * travelling, (one.asked - one.own) * travelling, costs)
-    yield _still("pooling", costs.seconds("pool", one.positions, one.positions * row))
+    yield _still("pooling", costs.seconds("pool", one.positions, one.positions * row), costs)
 
 
 def _gradients(shape: ModelShape, number: int, one: Volumes, costs: Costs, ranks: int) -> Iterator[Phase]:
     row = FLOAT_BYTES * shape.dim_of(number)
     travelling = shape.rows_item * shape.dim_of(number)
     row_bytes = shape.table_of(shape.lookups[number][0]).row_bytes
-    yield _still("sums of gradients", costs.seconds("sums", one.positions, one.positions * row))
+    yield _still("sums of gradients", costs.seconds("sums", one.positions, one.positions * row), costs)
     yield _exchange("gradients", (one.asked - one.own) * travelling, (one.received - one.own) * travelling, costs)
     moved = one.received * row + one.distinct * row_bytes
-    yield _still("update at owners", costs.seconds("update", one.received, moved))
+    yield _still("update at owners", costs.seconds("update", one.received, moved), costs)
 
 
 def _dense(shape: ModelShape, costs: Costs, ranks: int, batch: float) -> Iterator[Phase]:
-    fixed, per_sample = shape.dense_s
-    if shape.dense_parameters or fixed or per_sample:
-        yield _gather("weights and losses", 2 * FLOAT_BYTES, costs, ranks)
-    yield _still("dense part", np.full(ranks, fixed + per_sample * batch))
+    if any(shape.trainer_s):
+        yield _still("trainer", np.full(ranks, _of_batch(shape.trainer_s, batch)), costs)
+    if shape.dense_parameters or any(shape.dense_s):
+        each = costs.all_gather(2 * FLOAT_BYTES, ranks)
+        moved = np.full(ranks, 2 * FLOAT_BYTES * (ranks - 1) * shape.small_gathers, np.int64)
+        yield Phase("weights and losses", np.full(ranks, shape.small_gathers * each), moved, moved)
+    yield _still("dense part", np.full(ranks, _of_batch(shape.dense_s, batch)), costs)
     if shape.dense_parameters:
         chunk = FLOAT_BYTES * -(-shape.dense_parameters // ranks)
         moved = np.full(ranks, chunk * (ranks - 1), np.int64)

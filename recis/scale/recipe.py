@@ -1,43 +1,37 @@
-"""Look at a recipe without training it: its tables and lookups, a sample of its ids, the time of its dense part.
+"""Look at a recipe without training it: its tables and lookups, a sample of its ids, the time of what is not tables.
 
-The sample is what the recipe's own reader and features deliver, in the order of a run. The dense part is timed on it with
-the lookups cut out: they return leaves, so that backward ends there. A model that looks up other ids than the batch's own
-features (shifted sequences, drawn negatives) is run over the sample, and what its collections are called with is taken.
+The sample is what the recipe's own reader and features deliver, in the order of a run. What a step does beside its tables is
+timed on it, see recis.scale.timing. A model that looks up other ids than the batch's own features (shifted sequences, drawn
+negatives) is run over the sample, and what its collections are called with is taken.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from recis.distributed.batches import samples_of
 from recis.distributed.dense_units import whole_at_once
 from recis.distributed.shape import ModelShape
 from recis.distributed.trace import TraceWriter
 from recis.errors import ConfigError
 from recis.features import FeatureEngine
 from recis.io import Batch, DataConfig, Reader
-from recis.jagged import JaggedTensor
 from recis.recipes import call_recipe
 from recis.scale.ids import ModelIds, ids_of
+from recis.scale.timing import feature_times, step_times
 from recis.trainer import TrainConfig
-from recis.trainer.build import Collection, build_model, dense_parameters, find_collections
+from recis.trainer.build import build_model, dense_parameters, find_collections
 from recis.trainer.data import StepStream
 from recis.trainer.randomness import seed_everything
-from recis.trainer.scoring import as_float
 
 MAX_SAMPLES = 200_000
-_DENSE_SAMPLES = 4096  # timed at once at most
-_DENSE_ROUNDS = 5
-_DENSE_S = 6.0
 _MODEL_S = 30.0  # that a model is run over its sample for its ids
 
 
@@ -81,7 +75,7 @@ def record(
         path: Parquet file to write.
         max_samples: stop behind the step that reaches them, or at the end of the first epoch.
         max_steps: stop behind so many steps; None: as the samples say.
-        dense: whether to time the dense part.
+        dense: whether to time what is not tables.
 
     Raises:
         ConfigError: the model has no tables, or the data no samples.
@@ -95,6 +89,10 @@ def record(
     source = _source(config)
     start = None if isinstance(source, Reader) else source.state_dict()
     try:
+        raw = None
+        if start is not None:
+            raw = next(iter(source), None)
+            source.load_state_dict(start)
         steps = StepStream(source, engine, micro_batches=config.accumulate_steps).steps()
         first = next(steps, None)
         if first is None:
@@ -103,8 +101,14 @@ def record(
         ids = ids_of(config, model, collections, first[0])
         shape = replace(_shape(config, model, ids), batch_size=_batch_size(config, first))
         if dense:
-            dense_s, kept = dense_seconds(config, model, collections, first[0])
-            shape = replace(shape, dense_s=dense_s, optimizer_numbers=kept)
+            times = step_times(config, first[0])
+            shape = replace(
+                shape,
+                dense_s=times.dense,
+                trainer_s=times.trainer,
+                features_s=feature_times(_files(config, source), engine, raw),
+                optimizer_numbers=times.optimizer_numbers,
+            )
         limit = max_samples if epoch_samples is None else min(max_samples, epoch_samples)
         samples, ended, begun = 0, True, time.perf_counter()
         with TraceWriter(path, shape) as writer:
@@ -133,6 +137,13 @@ def _source(config: TrainConfig) -> Any:
     return Reader(replace(data, epochs=1, follow=None), micro_batches=config.accumulate_steps)
 
 
+def _files(config: TrainConfig, source: Any) -> DataConfig | None:
+    """Return the files that the data is read from; None of a source of one's own."""
+    if isinstance(config.train_data, DataConfig):
+        return config.train_data
+    return source.config if isinstance(source, Reader) else None
+
+
 def _epoch_samples(source: Any) -> int | None:
     """Return the samples of one epoch; None where that is not known: a stream, or one window of several."""
     is_window = isinstance(source, Reader) and source.config.window is not None
@@ -155,81 +166,6 @@ def _shape(config: TrainConfig, model: nn.Module, ids: ModelIds) -> ModelShape:
         overlap=config.parallel.overlap,
         rows_item=torch.finfo(getattr(torch, config.parallel.rows_dtype)).bits // 8,
         dense_parameters=sum(value.numel() for value in parameters.values()),
+        small_gathers=3 if config.hooks else 2,
         dense_at_once=whole_at_once(model, config.parallel.unit_parameters) if config.parallel.shard_dense else None,
     )
-
-
-# ---- time of the dense part
-
-
-def dense_seconds(
-    config: TrainConfig, model: nn.Module, collections: Sequence[Collection], batch: Batch
-) -> tuple[tuple[float, float], int]:
-    """Return what the dense part takes and keeps: seconds without the lookups, and numbers of the optimizer's state.
-
-    The seconds are those of forward, loss, backward and update: (fixed, per sample).
-    """
-    many = min(batch.num_samples, _DENSE_SAMPLES)
-    few = max(1, many // 4)
-    optimizer = config.dense_optimizer.build(dense_parameters(model).values())
-    model.train()
-    spent: list[float] = []
-    handles = [_cut(collection, spent) for collection in collections]
-    try:
-        found = [_dense_s(config, model, optimizer, samples_of(batch, 0, count), spent) for count in (few, many)]
-    finally:
-        for remove in handles:
-            remove()
-    per_sample = max(0.0, (found[1] - found[0]) / (many - few)) if many > few else found[1] / many
-    kept = sum(
-        value.numel()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.ndim
-    )
-    return (max(0.0, found[1] - per_sample * many), per_sample), kept
-
-
-def _dense_s(
-    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, spent: list[float]
-) -> float:
-    times: list[float] = []
-    begun = time.perf_counter()
-    while len(times) < 2 or (len(times) < _DENSE_ROUNDS and time.perf_counter() - begun < _DENSE_S / 2):
-        spent.clear()
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        loss = config.loss(as_float(model(batch)), batch) / max(1, batch.num_samples)
-        if loss.requires_grad:
-            loss.backward()
-        optimizer.step()
-        times.append(time.perf_counter() - start - sum(spent))
-    return median(times[1:])  # the first one warms up
-
-
-def _cut(collection: Collection, spent: list[float]) -> Callable[[], None]:
-    """Let a collection return leaves, and note the seconds of its lookups; returns what undoes it."""
-    begun: list[float] = []
-
-    def before(module: nn.Module, given: Any) -> None:
-        begun.append(time.perf_counter())
-
-    def after(module: nn.Module, given: Any, out: dict[str, Any]) -> dict[str, Any]:
-        leaves = {name: _leaf(value) for name, value in out.items()}
-        spent.append(time.perf_counter() - begun.pop())
-        return leaves
-
-    hooks = (collection.register_forward_pre_hook(before), collection.register_forward_hook(after))
-
-    def remove() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return remove
-
-
-def _leaf(value: Any) -> Any:
-    if isinstance(value, JaggedTensor):
-        assert isinstance(value.values, Tensor)
-        return value.with_values(value.values.detach().requires_grad_(), value.weights)
-    return value.detach().requires_grad_()

@@ -15,8 +15,8 @@ import torch
 from recis.distributed import costs as costs_file
 from recis.distributed import measure, simulate
 from recis.distributed.costs import OPS, Costs, LinkCost, OpCost
-from recis.distributed.replay import Replay, Volumes
-from recis.distributed.shape import plain_shape
+from recis.distributed.replay import VOLUMES, Replay, Volumes
+from recis.distributed.shape import plain_shape, shape_from_json
 from recis.distributed.step_time import hidden_s, phases_of_step
 from recis.distributed.trace import Trace, TraceStep, TraceWriter
 from recis.errors import ConfigError, DataError
@@ -85,7 +85,7 @@ def test_seconds_of_phases_by_hand():
         "lookup at owners": [1 + 20 + 2 * 8, (1 + 10 + 8) + (1 + 10 + 32)],
         "rows": [100 + 8] * 2,  # rank 0 serves one of rank 1's and asks for one
         "pooling": [1 + 30 + 3 * 8, 1 + 10 + 8],
-        "weights and losses": [200 + 8] * 2,
+        "weights and losses": [2 * (200 + 8)] * 2,
         "dense part": [5 + 14] * 2,
         "dense gradients": [100 + 8] * 2,  # a chunk of two numbers
         "sums of dense gradients": [200 + 8] * 2,
@@ -101,6 +101,37 @@ def test_seconds_of_phases_by_hand():
     assert phases["pooling"].wall_s(None) == 55
     assert phases["pooling"].wall_s(1) == 55 + 19
     assert phases["rows"].sent.tolist() == phases["rows"].received.tolist() == [8, 8]
+
+
+def test_what_is_not_tables_takes_time_too():
+    """Features and the trainer grow with the batch; side by side all that computes takes 1.5 times as long, messages do not."""
+    none = np.array([0, 0])
+    volumes = Volumes(**dict.fromkeys(VOLUMES, none))
+    shape = replace(
+        plain_shape(("ids",), dim=2), dense_s=(4.0, 1.0), trainer_s=(2.0, 0.5), features_s=(1.0, 0.25), small_gathers=3
+    )
+    costs = replace(BY_HAND, link=replace(BY_HAND.link, crowding=1.5))
+    found = {one.name: one.seconds.tolist() for one in phases_of_step(shape, [volumes], costs, batch=8)}
+    assert found["features"] == [1.5 * (1 + 2)] * 2
+    assert found["trainer"] == [1.5 * (2 + 4)] * 2
+    assert found["dense part"] == [1.5 * (4 + 8)] * 2
+    assert found["weights and losses"] == [3 * (200 + 8)] * 2
+    assert found["numbers of ids"] == [108] * 2
+    alone = Volumes(**dict.fromkeys(VOLUMES, np.array([0])))
+    found = {one.name: one.seconds.tolist() for one in phases_of_step(shape, [alone], costs, batch=8)}
+    assert found["trainer"] == [6]
+    assert shape_from_json(json.loads(json.dumps(shape.to_json()))) == shape
+    older = {name: one for name, one in shape.to_json().items() if name not in ("trainer_s", "features_s")}
+    assert shape_from_json(older) == replace(shape, trainer_s=(0.0, 0.0), features_s=(0.0, 0.0))
+
+
+def test_crowding_by_hand():
+    """Ten pieces make a step: one of them twice as long makes it a tenth longer, and the slower rank counts."""
+    both = np.full((2, 40), 1.0)
+    both[0, ::20] = both[1, 10::20] = 2.0
+    both[1, 31:] = 9.0  # one step of four was disturbed
+    assert measure.crowding(np.array([1.0, 1.0, 7.0]), both) == pytest.approx(1.1)
+    assert measure.crowding(np.array([2.0]), both) == 1.0  # never less than alone
 
 
 def test_copies_of_hot_ids_by_hand():
