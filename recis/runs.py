@@ -338,7 +338,8 @@ def _is_free(setting: str) -> bool:
 
 
 def _by_name(settings: Sequence[str]) -> dict[str, str]:
-    return dict(setting.partition("=")[::2] for setting in settings)
+    pairs = (setting.partition("=") for setting in settings)
+    return {name: value for name, _, value in pairs}
 
 
 def _rebuilt(stored: Mapping[str, Any], asked: Mapping[str, Any] | None, home: Path) -> TrainConfig:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -84,17 +85,17 @@ def feature_times(files: DataConfig | None, engine: FeatureEngine | None, first:
     """
     if isinstance(first, Batch):
         sizes = _sizes(first.num_samples)
-        return line_through(sizes, [_rounds(lambda size=size: samples_of(first, 0, size)) for size in sizes])
+        return line_through(sizes, [_rounds(partial(samples_of, first, 0, size)) for size in sizes])
     if engine is None or (first is None and files is None):
         return (0.0, 0.0)
     if first is not None:
-        return (0.0, _rounds(lambda: engine.forward(first)) / max(1, first.num_samples))
+        return (0.0, _rounds(partial(engine.forward, first)) / max(1, first.num_samples))
     assert files is not None
-    raws = [_first_of(files, size) for size in _sizes(files.batch_size)]
-    sizes = tuple(max(1, raw.num_samples) for raw in raws if raw is not None)
-    if len(sizes) < len(raws):  # a first window without rows
+    found = [_first_of(files, size) for size in _sizes(files.batch_size)]
+    raws = [raw for raw in found if raw is not None and raw.num_samples]
+    if len(raws) < len(found):  # a first window without rows
         return (0.0, 0.0)
-    return line_through(sizes, [_rounds(lambda raw=raw: engine.forward(raw)) for raw in raws if raw is not None])
+    return line_through([raw.num_samples for raw in raws], [_rounds(partial(engine.forward, raw)) for raw in raws])
 
 
 def line_through(sizes: Sequence[int], seconds: Sequence[float]) -> Seconds:
