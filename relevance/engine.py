@@ -7,6 +7,7 @@ that was stopped goes on from its last whole checkpoint with the same numbers as
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, SFTConfig
@@ -33,6 +35,7 @@ from relevance.token_head import use_token_head
 from relevance.trainer import RelevanceGRPOTrainer
 
 FINAL = "final"
+_DPO_WARMUP = 0.05  # of the steps; P
 
 
 class OutOfTime(Exception):
@@ -183,11 +186,15 @@ def train_dpo(lm: LanguageModel, rows: Sequence[Preference], settings: DpoConfig
         )
     check_on_disk(lm)
     micro = stage.engine.per_device_rows
+    accumulation = max(1, min(stage.engine.accumulation, len(rows) // (micro * num_ranks())))
+    num_steps = settings.num_epochs * len(rows) / (micro * num_ranks() * accumulation)
+    # a warm-up of less than a step would be one step at rate 0: of a stage of one step nothing would be left
+    warmup_share = _DPO_WARMUP if num_steps * _DPO_WARMUP >= 1 else 0.0
     args = DPOConfig(
-        **_common(stage, settings.learning_rate, 0.05, 1.0),
+        **_common(stage, settings.learning_rate, warmup_share, 1.0),
         num_train_epochs=settings.num_epochs,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, min(stage.engine.accumulation, len(rows) // (micro * num_ranks()))),
+        gradient_accumulation_steps=accumulation,
         lr_scheduler_type="constant_with_warmup",
         beta=settings.beta,
         loss_type=list(settings.loss_types),
@@ -365,6 +372,16 @@ def check_on_disk(lm: LanguageModel) -> None:
         raise ConfigError("the reference model is loaded from disk: save the model and load it by its folder first")
 
 
+def check_sharded(accelerator: Any) -> None:
+    """Refuse FSDP that accelerate leaves out: it reads its FSDP settings on GPUs alone, and trains whole copies elsewhere."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(
+            f"the accelerate config asks for FSDP, but accelerate does not shard on {accelerator.device.type} and would train "
+            "whole copies: take relevance/accelerate/two_processes_cpu.yaml, or several GPUs"
+        )
+
+
 def _common(stage: Stage, learning_rate: float, warmup_share: float, max_grad_norm: float) -> dict[str, Any]:
     engine = stage.engine
     return {
@@ -395,6 +412,7 @@ def _run(trainer: Any, lm: LanguageModel, stage: Stage) -> Path:
         if isinstance(callback, SampleFiles):
             callback.trainer = trainer
     _quiet(trainer)
+    check_sharded(trainer.accelerator)
     with main_first():
         found = last_complete(stage.folder)
         if is_main():

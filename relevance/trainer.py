@@ -18,6 +18,8 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 
@@ -330,10 +332,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):
             )
         warnings.warn(f"step {step}: the loss is not finite; micro-batch skipped, texts in {dump}", stacklevel=2)
         self._metrics["train"]["skipped"].append(1.0)
-        # the product keeps the graph of a sharded model whole, and nan_to_num keeps NaN out of the gradients
-        return sum(
-            (p.nan_to_num().sum() * 0.0 for p in cast(Any, self.model).parameters() if p.requires_grad), torch.zeros(())
-        )  # type: ignore[return-value]
+        return _zero_of(self.model)
 
     # ---- log and checkpoint
 
@@ -388,6 +387,20 @@ def _as_wide(advantages: Tensor, completion_ids: Tensor) -> Tensor:
     if advantages.ndim == 1:
         return advantages
     return torch.nn.functional.pad(advantages, (0, completion_ids.shape[1] - advantages.shape[1]))
+
+
+def _zero_of(model: Any) -> Tensor:
+    """Return a 0 that gives every trained weight the gradient 0, which the reducers of DDP wait for.
+
+    The graph of the bad loss is left alone: 0 times NaN is NaN. FSDP2 has gathered weights for that graph; they are let go, and
+    each rank's own part stands for the weight.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    return torch.stack([part.nan_to_num().sum() * 0.0 for part in own]).sum()
 
 
 def _base_of(model: Any) -> Any:

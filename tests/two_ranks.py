@@ -2,6 +2,7 @@
 
     FOLDER/base, rag           start models, without and with chunks
     FOLDER/one, two/CASE       every case by one process, and by two over gloo
+    FOLDER/sharded/CASE        by two that hold half of each weight: FSDP2
     FOLDER/two/killed          rank 1 died by SIGKILL in its third step; two fresh ranks went on with it
     FOLDER/GROUP-RANK.json     what a rank saw per case: groups, weights, files that it wrote; or what stopped it
 
@@ -33,7 +34,7 @@ RL = (
 SHE = ("num_prompts=32", "she.num_logged=4")
 DPO = ("dpo.num_prompts=32", "dpo.num_samples=4", "dpo.limits.max_oracle_share=1", "dpo.limits.max_label_ratio=100")
 POOL = ("dyknow.pool.size=24", "rl.max_steps=2")
-CASES: dict[str, tuple[str, ...]] = {  # case -> settings; the recipe is the name up to "_"
+CASES: dict[str, tuple[str, ...]] = {  # case -> settings; the recipe is the name up to "_", and "+" goes on with a run
     "sft": ("sft.batch_rows=8", "sft.micro_rows=4", "sft.num_epochs=1"),
     "dpo": (*DPO, "engine.per_device_rows=2", "dpo.learning_rate=1e-3"),
     "grpo": RL,
@@ -45,13 +46,25 @@ CASES: dict[str, tuple[str, ...]] = {  # case -> settings; the recipe is the nam
     "agrl_drawn": (*RL, "rl.refill_rounds=1", "replay.tau=0.3", "engine.save_steps=2", "rl.max_steps=4"),
     "agrl_killed": (*RL, "rl.refill_rounds=1", "replay.tau=0.3", "engine.save_steps=2", "rl.max_steps=4"),
     "grpo_late": RL,
+    "grpo_late+": RL,
+    "sft_whole": (),
+    "grpo_nan": RL,
     "dpo_refused": ("dpo.num_prompts=0",),
 }
 DRAWN = ("agrl_drawn", "agrl_killed")
-TWO_ONLY = ("taosr1", "agrl_drawn", "grpo_late", "dpo_refused")
+TWO_ONLY = ("taosr1", "agrl_drawn", "grpo_late", "grpo_late+", "dpo_refused", "sft_whole", "grpo_nan")
 """What refills draws other prompts on two ranks than on one, and what is drawn has other random numbers."""
-STOPPED = ("grpo_late", "dpo_refused")
-"""Rank 0 is late, rank 1 is not; rank 0 finds no answers to prefer."""
+STOPPED = ("grpo_late", "dpo_refused", "sft_whole")
+"""Rank 0 is late, rank 1 is not; rank 0 finds no answers to prefer; FSDP is asked for where accelerate leaves it out."""
+SHARDED = ("sft", "agrl", "dyknow", "grpo_nan", "grpo_late", "grpo_late+")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""What `accelerate launch` sets for relevance/accelerate/eight_gpus_fsdp.yaml."""
 ROWS = 16
 """Rows of a step of all ranks."""
 
@@ -125,6 +138,7 @@ class Watch:
 def watch_trainers(watch: Watch) -> None:
     """Let trainers tell which pairs they train on and what they end with."""
     import torch
+    from torch.distributed.tensor import DTensor
 
     from relevance.trainer import RelevanceGRPOTrainer as Trainer
 
@@ -147,6 +161,8 @@ def watch_trainers(watch: Watch) -> None:
         out = train(self, *args, **options)
         model = self.accelerator.unwrap_model(self.model)
         watch.now["weights"] = [repr(float(p.double().sum())) for p in model.parameters()]
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        watch.now["held"] = sum(part.numel() for part in parts)
         watch.now["taken"] = self.reserve.taken
         watch.now["wrapper"] = type(self.model_wrapped).__name__
         if self.accelerator.num_processes > 1:
@@ -198,6 +214,36 @@ def settings_of(case: str, num_ranks: int) -> list[str]:
     return [*own, f"engine.accumulation={total // rows // num_ranks}"]
 
 
+def shard() -> None:
+    """Let accelerate shard on the CPU: it reads its FSDP settings on GPUs only, and would train whole copies here."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    own = PartialState.__init__
+
+    def connect(self: Any, *args: Any, **options: Any) -> None:
+        own(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = connect  # type: ignore[method-assign]
+
+
+def spoil_a_loss() -> Any:
+    """Let the second step's loss be NaN on rank 1 alone; the return value undoes it."""
+    import trl
+
+    own = trl.GRPOTrainer._compute_loss
+
+    def loss(self: Any, model: Any, inputs: Any) -> Any:
+        found = own(self, model, inputs)
+        is_bad = self.state.global_step == 1 and self.accelerator.process_index == 1
+        return found * float("nan") if is_bad else found
+
+    trl.GRPOTrainer._compute_loss = loss
+    return lambda: setattr(trl.GRPOTrainer, "_compute_loss", own)
+
+
 def train_case(case: str, folder: Path, group: str, num_ranks: int, watch: Watch, *, resume: bool = False) -> None:
     """Train one case in this process."""
     from relevance import engine
@@ -205,13 +251,13 @@ def train_case(case: str, folder: Path, group: str, num_ranks: int, watch: Watch
     from relevance.recipes import recipe_function
     from relevance.training_run import open_run
 
-    recipe = case.partition("_")[0]
+    recipe, resume = case.partition("_")[0], resume or case.endswith("+")
     start = folder / ("rag" if recipe == "dyknow" else "base")
     watch.start(case)
     run = open_run(
         recipe,
         model=None if resume else str(start),
-        out=folder / group / case,
+        out=folder / group / case.rstrip("+"),
         settings=[] if resume else settings_of(case, num_ranks),
         resume=resume,
         max_minutes=600.0 if case == "grpo_late" else None,
@@ -219,13 +265,19 @@ def train_case(case: str, folder: Path, group: str, num_ranks: int, watch: Watch
     )
     lm = run.load(start)
     give(Given(run.task_of(lm), lm.encode, is_drawn=case in DRAWN), watch, lm)
-    own = engine.Limits.is_over
+    own, undo = engine.Limits.is_over, spoil_a_loss() if case == "grpo_nan" else lambda: None
     if case == "grpo_late":
         engine.Limits.is_over = lambda self: is_main()  # type: ignore[method-assign]
+    if case == "sft_whole":
+        os.environ |= FSDP
     try:
         recipe_function(recipe)(run)
     finally:
+        if case == "sft_whole":
+            for name in FSDP:
+                del os.environ[name]
         engine.Limits.is_over = own  # type: ignore[method-assign]
+        undo()
 
 
 def rank_main(folder: Path, name: str, cases: list[str], rank: int, num_ranks: int, port: int) -> int:
@@ -235,6 +287,9 @@ def rank_main(folder: Path, name: str, cases: list[str], rank: int, num_ranks: i
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     if num_ranks == 1:
         del os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]
+    if name == "sharded":
+        os.environ |= FSDP
+        shard()
     watch = Watch(folder)
     sys.addaudithook(watch.on_event)
     watch_trainers(watch)
@@ -243,7 +298,7 @@ def rank_main(folder: Path, name: str, cases: list[str], rank: int, num_ranks: i
         for case in cases:
             if name == "killed":
                 die_in_step(3, rank=1)
-            group = "two" if num_ranks > 1 else "one"
+            group = name if name in ("one", "sharded") else "two"
             try:
                 train_case(case, folder, group, num_ranks, watch, resume=name == "resumed")
             except Exception as stopped:
@@ -330,13 +385,15 @@ def main(folder: Path) -> dict[str, list[int]]:
     codes = {"start": wait_for([fork(start_models, folder)])}
     compared = [case for case in CASES if case not in ("agrl_killed", *TWO_ONLY)]
     both = [*compared, *TWO_ONLY]
-    port, other = free_port(), free_port()
+    port, other, third = free_port(), free_port(), free_port()
     one = fork(rank_main, folder, "one", compared, 0, 1, port)
     two = [fork(rank_main, folder, "two", both, rank, 2, port) for rank in range(2)]
     killed = [fork(rank_main, folder, "killed", ["agrl_killed"], rank, 2, other) for rank in range(2)]
     codes["killed"] = wait_for(killed)
     resumed = [fork(rank_main, folder, "resumed", ["agrl_killed"], rank, 2, other) for rank in range(2)]
     codes |= {"resumed": wait_for(resumed), "one": wait_for([one]), "two": wait_for(two)}
+    sharded = [fork(rank_main, folder, "sharded", list(SHARDED), rank, 2, third) for rank in range(2)]
+    codes["sharded"] = wait_for(sharded)
     (folder / "codes.json").write_text(json.dumps(codes))
     return codes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from two_ranks import CASES, TWO_ONLY
+from tiny_lm import MICRO
+from two_ranks import CASES, SHARDED, TWO_ONLY
 
 from relevance.ranks import WAIT
 from relevance.run_log import read_log
@@ -35,7 +36,7 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     codes = json.loads((out / "codes.json").read_text()) if (out / "codes.json").exists() else {}
     assert {name: own for name, own in codes.items() if name != "killed"} == {
-        "start": [0], "resumed": [0, 0], "one": [0], "two": [0, 0]
+        "start": [0], "resumed": [0, 0], "one": [0], "two": [0, 0], "sharded": [0, 0]
     }, done.stderr[-4000:]  # fmt: skip
     return out
 
@@ -51,31 +52,45 @@ def log_of(folder, group, case):
     return read_log(folder / group / case / stage / "train.jsonl")
 
 
+def same_log(folder, case, group, of="one"):
+    """Hold the log of a case against that of one process."""
+    logs = [log_of(folder, "one", case if of == "one" else of), log_of(folder, group, case)]
+    if case == "dpo":  # 34 pairs: the last step is filled up to whole micro-batches per rank
+        logs = [log[:-1] for log in logs]
+    assert len(logs[0]) == len(logs[1]) >= 2
+    left_out = OF_ONE_RANK + MEANS_OF_MEANS + (OF_REPLAY if case == "agrl" else ())
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        kept = [name for name in one if not name.startswith(left_out)]
+        assert len(kept) > 7
+        for name in kept:
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5, nan_ok=True), (one["step"], name)
+    assert any(abs(entry["loss"]) > 1e-5 for entry in logs[0])
+
+
+def same_weights(folder, case, group):
+    """Hold the finished model of a case against that of one process."""
+    models = [load_file(folder / name / case / "final" / "model.safetensors") for name in ("one", group)]
+    start = load_file(folder / ("rag" if case.startswith("dyknow") else "base") / "model.safetensors")
+    if group == "sharded":  # written twice there: the head is the embedding
+        torch.testing.assert_close(
+            models[1].pop("lm_head.weight"), models[1]["model.embed_tokens.weight"], rtol=0, atol=0
+        )
+    assert models[0].keys() == models[1].keys()
+    moved = sum(float((models[0][name] - start[name]).abs().max()) for name in start)
+    assert moved > 1e-3
+    for name, weights in models[0].items():
+        torch.testing.assert_close(models[1][name], weights, rtol=1e-4, atol=5e-5)
+
+
 class TestOneProcessAndTwo:
     @pytest.mark.parametrize("case", COMPARED)
     def test_log_the_same_numbers(self, folder, case):
-        logs = [log_of(folder, group, case) for group in ("one", "two")]
-        if case == "dpo":  # 34 pairs: the last step is filled up to whole micro-batches per rank
-            logs = [log[:-1] for log in logs]
-        assert len(logs[0]) == len(logs[1]) >= 2
-        left_out = OF_ONE_RANK + MEANS_OF_MEANS + (OF_REPLAY if case == "agrl" else ())
-        for one, two in zip(*logs, strict=True):
-            assert one.keys() == two.keys()
-            kept = [name for name in one if not name.startswith(left_out)]
-            assert len(kept) > 7
-            for name in kept:
-                assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5, nan_ok=True), (one["step"], name)
-        assert any(abs(entry["loss"]) > 1e-5 for entry in logs[0])
+        same_log(folder, case, "two")
 
     @pytest.mark.parametrize("case", ["sft", *RL])
     def test_end_with_the_same_weights(self, folder, case):
-        models = [load_file(folder / group / case / "final" / "model.safetensors") for group in ("one", "two")]
-        start = load_file(folder / ("rag" if case.startswith("dyknow") else "base") / "model.safetensors")
-        assert models[0].keys() == models[1].keys()
-        moved = sum(float((models[0][name] - start[name]).abs().max()) for name in start)
-        assert moved > 1e-3
-        for name, weights in models[0].items():
-            torch.testing.assert_close(models[1][name], weights, rtol=1e-4, atol=5e-5)
+        same_weights(folder, case, "two")
 
     def test_draw_the_same_pools_pairs_and_thresholds(self, folder):
         for name in (
@@ -155,7 +170,7 @@ class TestRanks:
         stops = [rank["stopped"] for rank in seen(folder, "grpo_late")]
         assert stops[0] == stops[1]
         assert "OutOfTime: rl: time is up at step 1 of 3" in stops[0]
-        assert (folder / "two" / "grpo_late" / "rl" / "checkpoint-1" / "relevance.json").exists()
+        same_log(folder, "grpo_late", "two", of="grpo")  # it went on from there
 
     def test_fail_together_with_the_error_of_rank_0(self, folder):
         stops = [rank["stopped"] for rank in seen(folder, "dpo_refused")]
@@ -164,6 +179,54 @@ class TestRanks:
 
     def test_wait_for_hours(self, folder):
         assert {rank["patience_s"] for rank in seen(folder, "grpo")} == {WAIT.total_seconds()}
+
+
+class TestShardedModel:
+    """FSDP2 through accelerate, which is told that the CPU is a GPU: it shards on those alone."""
+
+    @pytest.mark.parametrize("case", [case for case in SHARDED if case in COMPARED])
+    def test_trains_what_one_process_trains(self, folder, case):
+        same_log(folder, case, "sharded")
+        same_weights(folder, case, "sharded")
+
+    def test_lies_in_halves_on_the_ranks(self, folder):
+        whole = seen(folder, "agrl", "one")[0]["held"]
+        halves = seen(folder, "agrl", "sharded")
+        assert {rank["wrapper"] for rank in halves} == {"FSDPQwen3ForCausalLM"}
+        assert sum(rank["held"] for rank in halves) == whole
+        assert max(rank["held"] for rank in halves) < 0.6 * whole
+
+    def test_goes_on_where_the_clock_stopped_it(self, folder):
+        same_log(folder, "grpo_late", "sharded", of="grpo")
+
+    def test_is_refused_where_accelerate_would_train_whole_copies(self, folder):
+        stops = [rank["stopped"] for rank in seen(folder, "sft_whole")]
+        assert all("accelerate does not shard on cpu" in text for text in stops)
+
+
+@pytest.mark.parametrize("group", ["two", "sharded"])
+def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_both(folder, group):
+    log = log_of(folder, group, "grpo_nan")
+    assert [entry.get("skipped") for entry in log] == [None, 1.0, None]
+    assert log[1]["grad_norm"] == 0.0
+    assert log[2]["grad_norm"] > 0.0
+    weights = load_file(folder / group / "grpo_nan" / "final" / "model.safetensors")
+    assert all(bool(values.isfinite().all()) for values in weights.values())
+
+
+def test_accelerate_launch_starts_two_processes(tmp_path):
+    """The shipped config, for real; what the ranks do is tested above."""
+    flags = [text for setting in (*MICRO, "catalog.num_train=16") for text in ("--set", setting)]
+    config = ROOT / "relevance" / "accelerate" / "two_processes_cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    done = subprocess.run(
+        [*launch, "-m", "relevance", "train", "sft", "--out", str(tmp_path / "run"), *flags],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("model: ") == 1
+    states = {path.name for path in (tmp_path / "run" / "sft" / "checkpoint-2").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 class TestKilledRank:
