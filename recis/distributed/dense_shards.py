@@ -23,9 +23,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from recis.distributed.dense import OrderedGradients, share_parameters
+from recis.distributed.dense_messages import Gather, Reduce
 from recis.distributed.dense_units import check_types, find_units, kept_whole
 from recis.distributed.ranks import Ranks
-from recis.distributed.travelling import Travelling
 from recis.errors import ConfigError
 
 _HOOKS = (
@@ -35,6 +35,7 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_BASE, _MODULUS = 1_000_003, 2**31 - 1  # a running hash that float64 holds exactly
 _WAY_OUT = "a larger parallel.unit_parameters makes it no unit, parallel.shard_dense=false deals nothing"
 
 
@@ -56,11 +57,12 @@ class DenseShards:
     def __init__(self, model: nn.Module, ranks: Ranks, *, unit_parameters: int) -> None:
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise ConfigError(
-                f"parallel.shard_dense needs torch 2.13, which can tell ranks apart whose samples reach other parameters; this "
-                f"is {torch.__version__}: update it, or set parallel.shard_dense=false"
+                f"parallel.shard_dense needs torch 2.13, whose fully_shard adds gradients also where the samples of ranks reach "
+                f"other parameters; this is {torch.__version__}: update it, or set parallel.shard_dense=false"
             )
         self._model, self._ranks = model, ranks
         self._depth = 0  # of `whole`
+        self._order = 0
         units = find_units(model, unit_parameters)
         check_types(model, units)
         share_parameters(model, ranks)
@@ -101,15 +103,14 @@ class DenseShards:
         device = next(self._model.parameters()).device.type
         mesh = DeviceMesh.from_group(cast(Any, group), device)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # outputs are not changed in place here
-        gather, reduce = _Gather(self._ranks), _Reduce(self._ranks)
         dealt = []
-        for module in modules:
+        for number, module in enumerate(modules, 1):
             one = fully_shard(module, mesh=mesh, ignored_params=kept)
             one.set_gradient_divide_factor(1.0)  # the loss is divided by the weight of the global batch
             one.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum
             one.set_reduce_scatter_unused_params(True)  # what one rank's samples do not reach another's may
-            one.set_custom_all_gather(cast(Any, gather))
-            one.set_custom_reduce_scatter(cast(Any, reduce))
+            one.set_custom_all_gather(cast(Any, Gather(self._ranks, lambda number=number: self._note_gather(number))))
+            one.set_custom_reduce_scatter(cast(Any, Reduce(self._ranks)))
             dealt.append(one)
         return dealt
 
@@ -123,6 +124,9 @@ class DenseShards:
 
     def _note(self, place: int) -> None:
         self._reached[place] = True
+
+    def _note_gather(self, number: int) -> None:
+        self._order = (self._order * _BASE + number) % _MODULUS
 
     def _let_go(self) -> None:
         if self._depth:  # nothing is gathered, and the modules are as if nothing were dealt
@@ -163,6 +167,28 @@ class DenseShards:
     def reached(self) -> Tensor:
         """Which parameters had a gradient in this step, bool [number of parameters]."""
         return self._reached
+
+    @property
+    def order(self) -> Tensor:
+        """What stands for the units that were gathered in this step and their order, float64 [1]."""
+        return torch.tensor([self._order], dtype=torch.float64)
+
+    def check_order(self, orders: Tensor) -> None:
+        """Refuse a step in which ranks gathered other units, or in another order: they have computed with wrong weights.
+
+        Args:
+            orders: `order` of all ranks [W].
+
+        Raises:
+            ConfigError: there is a difference.
+        """
+        self._order = 0
+        if bool((orders != orders[0]).any()):
+            rank = int((orders != orders[0]).nonzero()[0])
+            raise ConfigError(
+                f"parallel.shard_dense: rank {rank} ran other units of the model than rank 0, or in another order; which units "
+                f"run must not depend on the samples: {_WAY_OUT}"
+            )
 
     def sum_up(self, reached: Tensor) -> None:
         """Set `.grad` of the parameters that `reached`, over all ranks, says had one anywhere.
@@ -354,33 +380,3 @@ def _check_shape(name: str, own: Tensor, key: str, value: Any) -> bool:
 def _entries(module: nn.Module) -> list[dict[Any, Any]]:
     """Return the dicts in which a module keeps its attributes and its hooks."""
     return [vars(module), *(getattr(module, name) for name in _HOOKS)]
-
-
-class _Gather:
-    """FSDP2's all-gather as one of the job's collectives: named, timed, and with one error."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        with self._ranks.named("dense weights"):
-            work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=True)
-        return work if async_op else _waited(self._ranks, output_tensor, work, "dense weights")
-
-
-class _Reduce(_Gather):
-    """FSDP2's reduce-scatter likewise."""
-
-    def __call__(  # type: ignore[override]
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> Any:
-        with self._ranks.named("dense gradients"):
-            work = dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=True)
-        return work if async_op else _waited(self._ranks, output_tensor, work, "dense gradients")
-
-
-def _waited(ranks: Ranks, taken: Tensor, work: Any, what: str) -> None:
-    Travelling(ranks, taken, work, what).wait()

@@ -3,7 +3,8 @@
     on_train_start(state)    on_step_end(state)    on_evaluate_end(state)    on_checkpoint(state)    on_train_end(state)
 
 `state` is the run's RunState. A hook reads it and acts on its own things; to end training it sets `state.stop_reason`.
-Of several ranks each calls its own hooks at the same steps; one with `rank_0_only = True` is called on rank 0 alone.
+Of several ranks each calls its own hooks at the same steps; one with `rank_0_only = True` is called on rank 0 alone. Where the
+dense part is dealt to them (`parallel.shard_dense`), one with `reads_weights = True` finds the model's weights whole.
 An evaluation that falls on a step comes before that step's on_step_end, a checkpoint after all other hooks.
 """
 

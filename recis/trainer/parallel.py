@@ -205,9 +205,12 @@ class ParallelRun:
 
     def _finish_backward(self, losses: Tensor, micro_batches: Sequence[Batch], step: int) -> Tensor:
         """Sum losses and dense gradients over all ranks; nothing was updated yet if a loss is not finite."""
-        count = losses.numel()
-        own = torch.cat([losses, self._gradients.reached.double()])
-        every = self.ranks.all_gather(own, "losses")
+        count, shards = losses.numel(), self._trainer.shards
+        own = [losses, self._gradients.reached.double()]
+        every = self.ranks.all_gather(torch.cat(own if shards is None else [*own, shards.order]), "losses")
+        if shards is not None:
+            shards.check_order(every[:, -1])
+            every = every[:, :-1]
         mean_loss = _fold(_in_order(every[:, :count])).float()
         if not bool(torch.isfinite(mean_loss)):
             self._stop_nonfinite(mean_loss, micro_batches, step)

@@ -72,6 +72,17 @@ class Peeking(nn.Module):
         return self.rest(x) @ self.layer.weight
 
 
+class Choosing(nn.Module):
+    """Which of two units of one size runs is for the samples to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    def forward(self, x: Tensor, choice: int) -> Tensor:
+        return self.units[choice](x)
+
+
 def data(rank: int, step: int, micro_batch: int) -> Tensor:
     """Return the samples [NUM_SAMPLES, 3] of a rank's micro-batch."""
     seed = 100 * rank + 10 * step + micro_batch
@@ -226,6 +237,13 @@ def of_refusals(ranks: Ranks) -> None:
     whole = DenseShards(again := Peeking(), ranks, unit_parameters=7)  # as it says
     with whole.explained():
         again(torch.ones(1, 2)).sum().backward()
+    choosing = DenseShards(chooser := Choosing(), ranks, unit_parameters=6)
+    chooser(torch.ones(1, 2), 0).sum().backward()
+    choosing.check_order(ranks.all_gather(choosing.order, "orders").flatten())  # all ran the first one
+    chooser(torch.ones(1, 2), min(ranks.rank, 1)).sum().backward()
+    orders = ranks.all_gather(choosing.order, "orders").flatten()
+    said = refused(lambda: choosing.check_order(orders))
+    assert "rank 1 ran other units of the model than rank 0, or in another order" in said, said
     optimizer = torch.optim.SGD(whole.parameters.values(), lr=0.1)
     optimizer.state[whole.parameters["layer.weight"]]["rows"] = torch.zeros(1, 1)
     said = refused(lambda: whole.check_optimizer(optimizer))
