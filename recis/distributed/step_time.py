@@ -4,7 +4,7 @@
     distinct ids, numbers of ids, ids, lookup at owners, rows, pooling   of each lookup
     trainer, weights and losses, dense part, dense gradients
     sums of gradients, gradients, update at owners                       of each lookup
-    copies of hot ids: their gradients are all-reduced and every rank updates them
+    copies of hot ids: their sums travel to the owners, their new rows to every rank
 
 An exchange waits for all, so phases are added and ranks are not. With overlap, the ids of the next step travel while the
 dense part computes: what of that is no longer than the dense part counts nothing, and all other phases follow one another.
@@ -23,6 +23,7 @@ from recis.distributed.shape import ModelShape
 
 _COUNT_BYTES = 8  # of a number of pairs in the exchange of numbers
 FLOAT_BYTES = 4
+_SIGHTINGS_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +149,20 @@ def _dense(shape: ModelShape, costs: Costs, ranks: int, batch: float) -> Iterato
 
 
 def _hot(shape: ModelShape, hot_per_table: np.ndarray, costs: Costs, ranks: int) -> Phase:
-    """All-reduce of the hot ids' sums (reduce-scatter, all-gather), and their update on every rank."""
+    """Sums and sightings of all copies to their owners, the update there, the new rows to all; see `copies`.
+
+    Each table's copies count as those of one lookup per step.
+    """
     item = FLOAT_BYTES * np.array([table.dim for table in shape.tables])
     state = np.array([table.row_bytes for table in shape.tables])
-    reduced = int((hot_per_table * item).sum())
-    moved = np.full(ranks, 2 * reduced * (ranks - 1) // ranks, np.int64)
-    update = costs.seconds("update", float(hot_per_table.sum()), float((hot_per_table * (item + state)).sum()))
-    return Phase("copies of hot ids", 2 * costs.all_to_all(moved / 2, ranks) + update, moved, moved)
+    owned = -(-hot_per_table // ranks)
+    sums, rows = int((owned * (item + _SIGHTINGS_BYTES)).sum()), int((owned * item).sum())
+    sent = (ranks - 1) * sums
+    moved = np.full(ranks, sent + (ranks - 1) * rows, np.int64)
+    update = costs.seconds("update", float(ranks * owned.sum()), float((owned * (ranks * item + state)).sum()))
+    return Phase(
+        "copies of hot ids",
+        costs.all_to_all(np.full(ranks, sent), ranks) + costs.all_gather(rows, ranks) + update,
+        moved,
+        moved,
+    )

@@ -143,8 +143,9 @@ def test_copies_of_hot_ids_by_hand():
     phases = phases_of_step(replay.shape, hot, BY_HAND, batch=1, hot_per_table=replay.hot_per_table)
     last = phases[-1]
     assert last.name == "copies of hot ids"
-    assert last.sent.tolist() == [8, 8]  # 2 (W - 1) / W of one row of 8 B
-    assert last.seconds.tolist() == [2 * (100 + 4) + (1 + 10 + 8 + 32)] * 2
+    # each rank has room for one copy of its own: its sum and sightings to the owner, its new row to the other
+    assert last.sent.tolist() == [12 + 8] * 2
+    assert last.seconds.tolist() == [(100 + 12) + (200 + 8) + (1 + 20 + 2 * 8 + 32)] * 2
     assert sum(int(one.sent.sum()) for one in phases if one.name in ("ids", "rows", "gradients")) == 0
 
 
