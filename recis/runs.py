@@ -334,7 +334,8 @@ def _bound(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_free(setting: str) -> bool:
-    return setting.partition("=")[0] in FREE_ON_RESUME
+    name = setting.partition("=")[0]
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
 def _by_name(settings: Sequence[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ CONFIG_NAME = "config.json"
 LOG_NAME = "metrics.jsonl"
 _LOCK_NAME = ".lock"
 _SHOWN_DIFFERENCES = 12
-_FREE = ("overlap", "timeline_steps", "link_delay_ms", "timeout_s", "shard_dense", "unit_parameters")
+_FREE = ("overlap", "places", "timeline_steps", "link_delay_ms", "timeout_s", "shard_dense", "unit_parameters")
 FREE_ON_RESUME = tuple(f"parallel.{name}" for name in _FREE)
 """Settings that change no value: a run may go on with other ones than it was started with, and then has the new ones. The last
 two change the order of sums, in runs alone that are not deterministic."""

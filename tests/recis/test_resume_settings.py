@@ -36,7 +36,8 @@ def test_settings_that_change_no_value_are_the_new_ones(started, tmp_path):
     assert (parallel.overlap, parallel.timeline_steps, parallel.timeout_s, parallel.parts) == (True, 2, 70.0, 2)
     assert again.config.train_data.batch_size == 64  # what was not named is as it was
     again.trainer.close()
-    last = started("run", *PARTS, "parallel.timeout_s=80", "parallel.link_delay_ms=1", resume=True)
+    free = ("parallel.timeout_s=80", "parallel.link_delay_ms=1", "parallel.places.hot_ids=5")
+    last = started("run", *PARTS, *free, resume=True)
     parallel = last.config.parallel
     assert (parallel.overlap, parallel.timeline_steps, parallel.timeout_s, parallel.link_delay_ms) == (
         False,
@@ -44,6 +45,7 @@ def test_settings_that_change_no_value_are_the_new_ones(started, tmp_path):
         80.0,
         1.0,
     )
+    assert parallel.places.hot_ids == 5
     last.train()
     same_end(tmp_path / "straight", tmp_path / "run")
 
