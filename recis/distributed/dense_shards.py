@@ -217,9 +217,8 @@ class DenseShards:
         """Return the sum of squares of all gradients over all ranks, a float64 scalar: equal on every rank."""
         own = torch.zeros((), dtype=torch.float64)
         for name, value in self.parameters.items():
-            if value.grad is not None and (
-                name in self._named or self._ranks.rank == 0
-            ):  # what is kept whole counts once
+            counts = name in self._named or self._ranks.rank == 0  # what is kept whole counts once
+            if value.grad is not None and counts:
                 own += value.grad.double().square().sum().cpu()
         return self._ranks.total(own, "norm of the dense gradients")
 

@@ -28,7 +28,7 @@ class Twice(nn.Module):
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.up, self.down = nn.Linear(3, 7, bias=False), nn.Linear(3, 7, bias=False)
         self.down.weight = self.up.weight
-        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.gain = nn.Parameter(torch.rand(()) + 1)
         self.of_rank_0, self.of_nobody = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 2))
         self.register_buffer("shift", torch.full((3,), 0.5))
         self.register_buffer("calls", torch.zeros(()))
@@ -115,6 +115,9 @@ def of_model(ranks: Ranks) -> None:
     model.some[0].weight.mark = "kept"  # type: ignore[assignment]
     shards = DenseShards(model, ranks, unit_parameters=12)
     plain.load_state_dict(shards.gather(model.state_dict()))
+    torch.manual_seed(0)
+    first = Twice()
+    assert all(torch.equal(value, plain.get_parameter(name)) for name, value in first.named_parameters())
     plain = plain.double()
     optimizer = torch.optim.AdamW(shards.parameters.values(), lr=0.01, weight_decay=0.1)
     reference = torch.optim.AdamW([v for v in plain.parameters() if v.requires_grad], lr=0.01, weight_decay=0.1)
