@@ -57,7 +57,7 @@ class DenseShards:
     def __init__(self, model: nn.Module, ranks: Ranks, *, unit_parameters: int) -> None:
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise ConfigError(
-                f"parallel.shard_dense needs torch 2.13, whose fully_shard adds gradients also where the samples of ranks reach "
+                f"parallel.shard_dense needs torch 2.13, whose fully_shard adds gradients also where samples of ranks reach "
                 f"other parameters; this is {torch.__version__}: update it, or set parallel.shard_dense=false"
             )
         self._model, self._ranks = model, ranks
