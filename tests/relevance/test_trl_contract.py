@@ -167,6 +167,10 @@ class TestDeadGroups:
         assert kept.tolist() == lm_prompt
         assert int(batch["num_items_in_batch"]) == int(batch["completion_mask"].sum())
 
+    def test_a_reserve_without_a_prompt_for_every_rank_is_refused_before_the_first_step(self, lm, tmp_path):
+        with pytest.raises(ValueError, match="0 prompts to refill dead groups from leave none for some of 1 ranks"):
+            trainer_for(lm, tmp_path, self.METHOD, (1, 0), ids=("train-0",), rows=4)
+
     def test_all_dead_is_a_zero_loss_with_a_warning(self, lm, tmp_path):
         trainer = trainer_for(lm, tmp_path, self.METHOD, (1, 1, 1, 1), ids=("train-0",), reserve=("train-2",), rows=4)
         with pytest.warns(UserWarning, match="every group is dead"):
