@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, ...]] = {  # case -> settings; the recipe is the nam
     "sft": ("sft.batch_rows=8", "sft.micro_rows=4", "sft.num_epochs=1"),
     "dpo": (*DPO, "engine.per_device_rows=2", "dpo.learning_rate=1e-3"),
     "grpo": RL,
+    "grpo_lora": (*RL, "model.lora_rank=2"),
     "agrl": (*RL, "replay.tau=0.3", "replay.anneal_share=0"),
     "she": (*RL, *SHE),
     "dyknow": (*RL, *POOL),
@@ -56,7 +57,7 @@ TWO_ONLY = ("taosr1", "agrl_drawn", "grpo_late", "grpo_late+", "dpo_refused", "s
 """What refills draws other prompts on two ranks than on one, and what is drawn has other random numbers."""
 STOPPED = ("grpo_late", "dpo_refused", "sft_whole")
 """Rank 0 is late, rank 1 is not; rank 0 finds no answers to prefer; FSDP is asked for where accelerate leaves it out."""
-SHARDED = ("sft", "agrl", "dyknow", "grpo_nan", "grpo_late", "grpo_late+")
+SHARDED = ("sft", "grpo_lora", "agrl", "dyknow", "grpo_nan", "grpo_late", "grpo_late+")
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
