@@ -52,7 +52,17 @@ class RowsOptimizer(KeyedOptimizer):
         super().__init__(stand_ins, {}, self.rows.param_groups)
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update all touched rows and end the step, or count the call while gradients accumulate."""
+        """Update all touched rows and end the step, or count the call while gradients accumulate.
+
+        Raises:
+            RuntimeError: called while backward runs, as by a pipeline with the optimizer in a backward hook: gradients of rows
+                may still be to come, and those that come later would be lost or go into the next step.
+        """
+        if torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                "the rows' optimizer is stepped while backward runs, when gradients of rows may still be to come: step it "
+                "behind backward (TorchRec's TrainPipelineSparseDist instead of TrainPipelineSparseDistBwdOpt)"
+            )
         self.rows.step(closure)
         self._calls += 1
         if self._calls % self._accumulate_steps == 0:
@@ -105,7 +115,8 @@ class _Output(LazyAwaitable[Any]):
         super().__init__()
         self._module, self._request, self._answers = module, request, answers
 
-    def _wait_impl(self) -> Any:
+    @torch.compiler.disable
+    def _wait_impl(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._result is None:
             self._result = self._module._finish(self._request, self._answers)
         return self._result
@@ -184,6 +195,11 @@ class _DynamicCollection(ShardedModule[Any, Any, Any, DynamicContext], FusedOpti
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Yield nothing: rows are no parameters."""
         yield from ()
+
+    @torch.compiler.disable  # a compiled model calls tables as they are: their sizes depend on the ids
+    def forward(self, *given: Any, **named: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Look up a batch: all stages, one after the other."""
+        return super().forward(*given, **named)
 
     # ---- the stages of a lookup
 
