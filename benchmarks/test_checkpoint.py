@@ -1,4 +1,4 @@
-"""Speed of checkpoints: save and load of 400 MB, and what an asynchronous save costs the steps beside it.
+"""Speed of checkpoints: save and load of 400 MB, and what an asynchronous save of 400 MB and of 1 GB costs the steps beside it.
 
     make bench, or: pytest benchmarks/test_checkpoint.py --benchmark-json=out.json
 
@@ -12,6 +12,7 @@ import shutil
 import time
 from functools import partial
 from itertools import cycle
+from statistics import median
 
 import pytest
 import safetensors.torch
@@ -27,18 +28,28 @@ from recis.optim import SparseOptimizer
 NUM_ROWS, DIM = 1_450_000, 64  # 276 bytes a row in a file: 400 MB
 ROUNDS = 30
 STEP_BAGS, STEP_BAG_SIZE = 8192, 20
+GIGABYTE_ROWS = 3_630_000
+MAX_STALL = 0.05  # of the duration of a save
 STEPS = 40  # in one timed run of the stall test: longer than the save that runs beside them
+
+
+def ids_of(num_rows: int) -> Tensor:
+    """Return distinct ids in no order."""
+    return torch.randperm(4 * num_rows, generator=torch.Generator().manual_seed(0))[:num_rows]
+
+
+def table_of(ids: Tensor) -> TableSet:
+    """Return one table with row-wise Adagrad and rows for the ids."""
+    made = TableSet([TableConfig(name="item", features=("item",), embedding_dim=DIM)], seed=0)
+    made["item"].reserve(ids.numel())
+    for part in ids.split(100_000):
+        made["item"].import_rows({"ids": part, "weight": torch.rand(part.numel(), DIM)})
+    return made
 
 
 @pytest.fixture(scope="module")
 def tables() -> TableSet:
-    """One table of 1.45 M rows with row-wise Adagrad, its ids in no order."""
-    made = TableSet([TableConfig(name="item", features=("item",), embedding_dim=DIM)], seed=0)
-    made["item"].reserve(NUM_ROWS)
-    ids = torch.randperm(4 * NUM_ROWS, generator=torch.Generator().manual_seed(0))[:NUM_ROWS]
-    for part in ids.split(100_000):
-        made["item"].import_rows({"ids": part, "weight": torch.rand(part.numel(), DIM)})
-    return made
+    return table_of(ids_of(NUM_ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +131,7 @@ class Steps:
         self.collection = EmbeddingBagCollection(tables)
         self.optimizer = SparseOptimizer(self.collection)
         generator = torch.Generator().manual_seed(1)
-        picks = [torch.randint(0, NUM_ROWS, (STEP_BAGS * STEP_BAG_SIZE,), generator=generator) for _ in range(8)]
+        picks = [torch.randint(0, ids.numel(), (STEP_BAGS * STEP_BAG_SIZE,), generator=generator) for _ in range(8)]
         lengths = torch.full((STEP_BAGS,), STEP_BAG_SIZE)
         self.batches = cycle(
             [KeyedJaggedTensor(("item",), ids[pick], lengths=lengths, stride=STEP_BAGS) for pick in picks]
@@ -178,3 +189,49 @@ def test_stall_of_training(benchmark, exported, tmp_path):
     captures.sort()
     benchmark.extra_info["snapshot_ms"] = round(1e3 * captures[len(captures) // 2], 2)
     benchmark.extra_info["stall_share"] = round(1 / info["ratio_to"]["no save"] - 1, 3)
+
+
+def test_stall_of_a_gigabyte(benchmark, tmp_path):
+    """How long training stands still for a save (snapshot, waits for room); apart, how much slower steps are meanwhile."""
+    ids = ids_of(GIGABYTE_ROWS)
+    tables = table_of(ids)
+    steps = Steps(tables, ids)
+    steps.run(4)
+    saver = Saver(tmp_path / "run", keep=1)
+    stalls, saves, during, alone = [], [], [], []
+    size = 0
+
+    def one_save() -> None:
+        nonlocal size
+        started = time.perf_counter()
+        saver.save(Boundary(step=steps.step, table_sets=[tables]))
+        stalled = time.perf_counter() - started
+        protection = tables.stores[0].snapshot
+        assert protection is not None
+        while (whole := saver.poll()) is None:
+            during.extend(steps.run(1))
+        saves.append(time.perf_counter() - started)
+        stalls.append(stalled + protection.waited_s)
+        size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+
+    for _ in range(4):
+        one_save()
+        alone.extend(steps.run(20))
+    benchmark.pedantic(one_save, rounds=1)
+    saver.close()
+    shares = [stall / took for stall, took in zip(stalls, saves, strict=True)]
+    benchmark.extra_info.update(
+        case=f"steps of {STEP_BAGS * STEP_BAG_SIZE} ids beside saves of {size / 1e9:.2f} GB",
+        threads=torch.get_num_threads(),
+        load_average=os.getloadavg()[0],
+        saves=len(saves),
+        save_s=median(saves),
+        stall_ms=1e3 * median(stalls),
+        stall_share=median(shares),
+        stall_share_max=max(shares),
+        target_stall_share=MAX_STALL,
+        step_alone_ms=1e3 * median(alone),
+        step_during_ms=1e3 * median(during),
+        slow_down=median(during) / median(alone),
+    )
+    assert size > 0.99e9

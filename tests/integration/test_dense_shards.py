@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import job_recipe
-import kill_recipe
 import pytest
 import shard_recipe
 import torch
-from fleet import Fleet, RankDone
+from fleet import RankDone
 from merged import merged, newest
 from torch import Tensor
 
@@ -24,18 +23,6 @@ from recis.trainer.log import read_log
 from recis.trainer.parallel import deal_dense
 
 RTOL, ATOL = 2e-5, 2e-6  # sums over ranks in another order, over six steps of Adam
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    made = Fleet(tmp_path_factory.mktemp("fleet"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return kill_recipe.write_data(tmp_path_factory.mktemp("clicks") / "data", num_samples=job_recipe.SAMPLES)
 
 
 def train(data: Path, out: Path, *settings: str, resume: bool = False) -> list[str]:

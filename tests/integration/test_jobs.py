@@ -8,10 +8,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import kill_recipe
 import pytest
 from fleet import Fleet, RankDone
-from job_recipe import MAX_STEPS, SAMPLES
+from job_recipe import MAX_STEPS
 from merged import differences, merged, newest
 
 from recis.checkpoint import list_checkpoints, verify
@@ -20,18 +19,6 @@ from recis.runs import start_run
 from recis.trainer.log import read_log
 
 RECIPE = "job_recipe:recipe"
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    made = Fleet(tmp_path_factory.mktemp("fleet"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return kill_recipe.write_data(tmp_path_factory.mktemp("clicks") / "data", num_samples=SAMPLES)
 
 
 def train(data: Path, out: Path, *settings: str, resume: bool = False) -> list[str]:

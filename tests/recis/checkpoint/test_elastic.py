@@ -2,26 +2,12 @@
 
 import pytest
 import torch
+from saved_ranks import save_ranks
 
 from recis.checkpoint import load, rank_slices, read_manifest, verify
-from recis.checkpoint.folder import make_tmp
 from recis.checkpoint.parts import in_slices
-from recis.checkpoint.save import capture, commit_checkpoint, write_rank
 from recis.embedding import AfterSightings, CountMin
 from recis.errors import CheckpointError
-
-
-def save_ranks(run, step, ranks):
-    """Save what the processes of a job would: every rank its files, then one manifest."""
-    from recis.checkpoint import Boundary
-
-    captured = [capture(Boundary(step=step, table_sets=[tables], reader={"rank": 0})) for tables in ranks]
-    tmp = make_tmp(run, f"step_{step:09d}")
-    reports = [write_rank(item, tmp, rank=rank, world_size=len(ranks)) for rank, item in enumerate(captured)]
-    for item in captured:
-        for snapshot in item.tables.values():
-            snapshot.close()
-    return commit_checkpoint(captured[0], tmp, run, reports)
 
 
 def load_ranks(kit, path, world_size, *configs):

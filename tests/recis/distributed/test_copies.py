@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from saved_ranks import save_ranks
 from thread_ranks import ThreadRanks, on_ranks
 
-from recis.checkpoint import Boundary, Target, load, verify
-from recis.checkpoint.folder import make_tmp
-from recis.checkpoint.save import capture, commit_checkpoint, write_rank
+from recis.checkpoint import Target, load, verify
 from recis.distributed.config import Places
 from recis.distributed.exchange import TableExchange
 from recis.distributed.ranks import RankError, Ranks
@@ -293,21 +292,12 @@ def test_a_table_of_one_rank_is_saved_and_loaded_anywhere(tmp_path):
 
         return on_ranks(world_size, work)
 
-    def saved(ranks: list[Rank], step: int) -> Any:
-        captured = [capture(Boundary(step=step, table_sets=[rank.set])) for rank in ranks]
-        tmp = make_tmp(tmp_path, f"step_{step:09d}")
-        reports = [write_rank(item, tmp, rank=k, world_size=len(ranks)) for k, item in enumerate(captured)]
-        for item in captured:
-            for snapshot in item.tables.values():
-                snapshot.close()
-        return commit_checkpoint(captured[0], tmp, tmp_path, reports)
-
     one_rank = Places(table_wise=("t",))
     ranks = placed(2, one_rank)
     want = of_all([rank.rows() for rank in ranks])
     assert len(want) == 50
     for step, (world_size, places) in enumerate(((3, Places()), (4, one_rank), (1, Places())), start=1):
-        ranks = placed(world_size, places, saved(ranks, step))
+        ranks = placed(world_size, places, save_ranks(tmp_path, step, [rank.set for rank in ranks]))
         assert of_all([rank.rows() for rank in ranks]) == want
         sizes = [len(rank.rows()) for rank in ranks]
         assert (sizes[0] == 50) == (world_size != 3)
