@@ -1,7 +1,7 @@
 """Table and plots of a ladder, from the results of its finished cells.
 
 ladder.json     per row: value and interval over seeds of each metric, difference to post-CoT SFT, tokens, seconds
-ladder.md       the same as a table          ladder.html     the same with intervals drawn
+ladder.md       the same as tables, and which targets were met          ladder.html     the same with intervals drawn
 """
 
 import html
@@ -33,6 +33,7 @@ MEANS = (
     "ece",
     "greedy_agreement",
 )
+STEPS = ("category", "attribute", "rule")
 BASELINE = "sft"
 NUM_RESAMPLES = 2000
 
@@ -137,37 +138,107 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def _markdown(report: Mapping[str, Any]) -> str:
-    head = "| row | macro-F1 | hard macro-F1 | accuracy | over SFT | adherence | hallucination | steps c / a / r | tokens | s |"
-    lines = [
-        f"# Ladder, preset {report['preset']}",
-        "",
-        f"`{report['command']}` at {report['commit'][:12]} on {report['device']}; {report['cells']['done']} of "
-        f"{report['cells']['of']} cells. {report['claims']}",
-        "",
-        head,
-        "|" + "---|" * (head.count("|") - 1),
-    ]
-    for row in report["rows"]:
-        steps = " / ".join(_short(row.get(f"step_{name}")) for name in ("category", "attribute", "rule"))
-        lines.append(
-            f"| {row['title']} | {_shown(row.get('macro_f1'))} | {_shown(row.get('hard_macro_f1'))} | "
-            f"{_shown(row.get('accuracy'))} | {_shown(row.get('over_sft'))} | {_short(row.get('rule_adherence'))} | "
-            f"{_short(row.get('hallucination_rate'))} | {steps} | {row['tokens']:,} | {row['seconds']:.0f} |"
-        )
+_HEAD = (
+    "row",
+    "macro-F1",
+    "hard macro-F1",
+    "accuracy",
+    "over SFT",
+    "adherence",
+    "hallucination",
+    "steps c / a / r",
+    "tokens",
+    "s",
+)
+_RAG_HEAD = ("row", "with chunk", "without", "random chunk", "helpful", "misleading")
+_Cells = list[tuple[str, ...]]
+
+
+def _tables(report: Mapping[str, Any]) -> list[_Cells]:
+    """Return the tables as cells of text: the first line of each is its head."""
+    tables: list[_Cells] = [[_HEAD, *map(_measured, report["rows"])]]
     rag = [row for row in report["rows"] if "with_chunk" in row]
     if rag:
-        lines += [
-            "",
-            "| row | with chunk | without | random chunk | helpful | misleading |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {row['title']} | {_short(row['with_chunk'])} | {_short(row['without_chunk'])} | "
-            f"{_short(row['random_chunk'])} | {_kind(row, 'helpful')} | {_kind(row, 'misleading')} |"
-            for row in rag
-        ]
+        tables.append([_RAG_HEAD, *map(_asked_with_chunks, rag)])
+    return tables
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        row["title"],
+        *(_shown(row.get(name)) for name in ("macro_f1", "hard_macro_f1", "accuracy", "over_sft")),
+        *(_short(row.get(name)) for name in ("rule_adherence", "hallucination_rate")),
+        " / ".join(_short(row.get(f"step_{name}")) for name in STEPS),
+        f"{row['tokens']:,}",
+        f"{row['seconds']:.0f}",
+    )
+
+
+def _asked_with_chunks(row: Mapping[str, Any]) -> tuple[str, ...]:
+    asked = [_short(row[name]) for name in ("with_chunk", "without_chunk", "random_chunk")]
+    return (row["title"], *asked, _kind(row, "helpful"), _kind(row, "misleading"))
+
+
+def _intro(report: Mapping[str, Any]) -> str:
+    return (
+        f"`{report['command']}` at {report['commit'][:12]} on {report['device']}; {report['cells']['done']} of "
+        f"{report['cells']['of']} cells. {report['claims']}"
+    )
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
+    lines = [f"# Ladder, preset {report['preset']}", "", _intro(report)]
+    for head, *rows in _tables(report):
+        lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    found = targets(report["rows"])
+    if found:
+        lines += ["", *(f"- {line}" for line in found)]
     return "\n".join(lines) + "\n"
+
+
+def targets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return, for each row that has a target and whose rivals are there, one line that says whether it was met.
+
+    Better means intervals apart where there are intervals, a higher value else. Source of the targets: our own.
+    """
+    by_name = {row["row"]: row for row in rows}
+    found = []
+    for name, metric, what in (("taosr1", "macro_f1", "macro-F1"), ("agrl", "hard_macro_f1", "macro-F1 of hard pairs")):
+        rivals = [by_name[rival] for rival in ("sft", "grpo") if rival in by_name]
+        if name in by_name and len(rivals) == 2:
+            own, others = by_name[name][metric], [rival[metric] for rival in rivals]
+            met = all(own["low"] > other["high"] for other in others)
+            beside = ", ".join(f"{other['value']:.3f}" for other in others)
+            found.append(
+                f"{by_name[name]['title']} above post-CoT SFT and GRPO in {what}, intervals apart: {_verdict(met)} "
+                f"({own['value']:.3f} beside {beside})"
+            )
+    if {"she", "sft", "grpo"} <= by_name.keys():
+        own, *others = ([by_name[name][f"step_{step}"] for step in STEPS] for name in ("she", "sft", "grpo"))
+        steps = all(mine > theirs for other in others for mine, theirs in zip(own, other, strict=True))
+        kept = by_name["she"]["macro_f1"]["high"] >= by_name["sft"]["macro_f1"]["low"]
+        found.append(
+            f"{by_name['she']['title']} above post-CoT SFT and GRPO in all three steps, macro-F1 not lower: "
+            f"{_verdict(steps and kept)}"
+        )
+    for name in ("dyknow", "dyknow_fixed", "dyknow_centered"):
+        if "by_kind" in by_name.get(name, {}):
+            row = by_name[name]
+            helpful, misleading = row["by_kind"].get("helpful"), row["by_kind"].get("misleading")
+            met = (
+                helpful is not None
+                and misleading is not None
+                and helpful["with"] > helpful["without"]
+                and misleading["with"] >= misleading["without"]
+                and row["random_chunk"] >= row["without_chunk"]
+            )
+            found.append(f"{row['title']}: helpful chunks help, misleading and random ones do no harm: {_verdict(met)}")
+    return found
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
 
 
 def _kind(row: Mapping[str, Any], kind: str) -> str:
@@ -196,10 +267,24 @@ def _page(report: Mapping[str, Any]) -> str:
             f'<text x="{high + 8:.1f}" y="{y + 4}">{value["value"]:.3f}</text>'
         )
     height = 24 * len(report["rows"]) + 30
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto}text{font-size:12px;fill:#444}"
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}text{font-size:12px;fill:#444}"
+        "table{border-collapse:collapse;font-size:13px;margin:1rem 0}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;"
+        "text-align:left}"
+    )
+    tables = "".join(_html_table(table) for table in _tables(report))
+    verdicts = "".join(f"<li>{html.escape(line)}</li>" for line in targets(report["rows"]))
     picture = f'<svg viewBox="0 0 740 {height}" role="img">{"".join(bars)}</svg>'
     title = f"Ladder, preset {html.escape(report['preset'])}: macro-F1 with 95 % intervals"
     return (
         f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>"
-        f"<p>{html.escape(report['claims'])}</p>{picture}<pre>{html.escape(_markdown(report))}</pre>\n"
+        f"<p>{html.escape(_intro(report))}</p>{picture}{tables}<ul>{verdicts}</ul>\n"
     )
+
+
+def _html_table(table: Sequence[Sequence[str]]) -> str:
+    rows = [
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(("th", *["td"] * (len(table) - 1)), table, strict=True)
+    ]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

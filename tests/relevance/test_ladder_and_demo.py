@@ -10,6 +10,7 @@ from tiny_lm import MICRO_RL
 from recis.errors import ConfigError
 from relevance.demo import SHOWN, majority, run_demo
 from relevance.ladder import cells_of, find_preset, known_settings, run_ladder
+from relevance.ladder_report import targets
 from relevance.ladder_rows import PRESETS, ROWS, Preset
 from relevance.methods import own_reward
 from relevance.recipes import RECIPES, default_config
@@ -92,6 +93,30 @@ def test_cells_run_once_and_the_table_has_their_numbers(tmp_path):
     said.clear()
     assert run_ladder(TINY, out, say=said.append) == []
     assert said == []
+
+
+def row_of(name, f1, steps=(0.5, 0.5, 0.5), **more):
+    interval = {"value": f1, "low": f1 - 0.02, "high": f1 + 0.02}
+    found = dict(zip(("step_category", "step_attribute", "step_rule"), steps, strict=True))
+    return {"row": name, "title": name, "macro_f1": interval, "hard_macro_f1": interval, **found, **more}
+
+
+def test_targets_by_hand():
+    rivals = [row_of("sft", 0.5), row_of("grpo", 0.55)]
+    kinds = {"helpful": {"with": 0.6, "without": 0.5}, "misleading": {"with": 0.5, "without": 0.5}}
+    asked = {"with_chunk": 0.6, "without_chunk": 0.5, "random_chunk": 0.5, "by_kind": kinds}
+    lines = targets([*rivals, row_of("taosr1", 0.6), row_of("agrl", 0.58), row_of("dyknow", 0.5, **asked)])
+    assert lines == [
+        "taosr1 above post-CoT SFT and GRPO in macro-F1, intervals apart: met (0.600 beside 0.500, 0.550)",
+        "agrl above post-CoT SFT and GRPO in macro-F1 of hard pairs, intervals apart: MISSED (0.580 beside 0.500, 0.550)",
+        "dyknow: helpful chunks help, misleading and random ones do no harm: met",
+    ]
+    better, one_worse = (0.6, 0.6, 0.6), (0.6, 0.6, 0.5)
+    for f1, steps, verdict in ((0.5, better, "met"), (0.5, one_worse, "MISSED"), (0.4, better, "MISSED")):
+        assert targets([*rivals, row_of("she", f1, steps)])[0].endswith(f"not lower: {verdict}")
+    kinds["misleading"]["with"] = 0.4
+    assert targets([row_of("dyknow", 0.5, **asked)])[0].endswith("MISSED")
+    assert targets(rivals) == []
 
 
 def test_demo_prints_before_after_and_three_judgements(tmp_path):
