@@ -40,7 +40,7 @@ from recis_kernels.unique_ids import order_by_segment_and_id
 
 
 class Asked(Protocol):
-    """A lookup that waits for its turn while its ids travel: recis.distributed.exchange.Asked."""
+    """A lookup that waits for its turn while its ids travel: recis.distributed.stages.Asked."""
 
     def start_ids(self) -> None: ...
 

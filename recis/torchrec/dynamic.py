@@ -28,8 +28,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as TorchRecKeyed
 from torchrec.sparse.jagged_tensor import KeyedTensor
 from torchrec.streamable import Multistreamable
 
-from recis.distributed.exchange import Answer, Asked
 from recis.distributed.ranks import Ranks
+from recis.distributed.stages import Answer, Asked
 from recis.distributed.tables import share_tables
 from recis.embedding import EmbeddingBagCollection, EmbeddingCollection, TableConfig, TableSet, Tile
 from recis.errors import ConfigError
