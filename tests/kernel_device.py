@@ -13,6 +13,7 @@ are replaced by those of their copies. What ops do around their launches on CUDA
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,17 @@ import torch
 from torch import Tensor
 
 OPTION = "--kernel-device"
-_LOWEST, _HIGHEST = 1 << 46, 1 << 47  # where Linux maps heap and libraries of a process: 0x5555..., 0x7fff...
+_MAPPED, _HIGHEST = 1 << 46, 1 << 47  # where Linux maps heap and libraries of a process: 0x5555..., 0x7fff...
+
+
+def _lowest_address() -> int:
+    """Return where memory of this process may begin: the heap of a Python that is no PIE (Debian's) lies far below the rest."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        heaps = [int(line.partition("-")[0], 16) for line in maps if line.endswith("[heap]")]
+    except OSError:  # not Linux
+        heaps = []
+    return min([*heaps, _MAPPED])
 
 
 def add_option(parser: pytest.Parser) -> None:
@@ -137,7 +148,7 @@ class Copies:
         if (tensor.data_ptr(), tensor.numel()) in self._words:
             return
         self._words[tensor.data_ptr(), tensor.numel()] = tensor
-        suspects = tensor[(tensor >= _LOWEST) & (tensor < _HIGHEST)].unique().tolist()
+        suspects = tensor[(tensor >= _lowest_address()) & (tensor < _HIGHEST)].unique().tolist()
         suspects = [address for address in suspects if not any(low <= address < high for low, high in self.pinned)]
         for address, owner in _owners(suspects).items():
             if not self._reaches(owner):
