@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recis.distributed.ranks import Ranks
-from recis.distributed.room import Memory
+from recis.distributed.room import Memory, Rooms
 from recis.distributed.travelling import Travelling
 from recis.embedding.lookups import StoreLookup
 from recis.embedding.rows import RowStore
@@ -120,7 +120,7 @@ class Copies:
         self._num_steps = self._num_counted = 0
         self._asks = torch.zeros(0, dtype=torch.int32)
         self._waiting: list[Used] = []
-        self._outbox, self._inbox, self._out_rows = Memory(1), Memory(1), Memory(self._dim)
+        self._messages, self._out_rows = Rooms(1), Memory(self._dim)
         self._travelling: Travelling | None = None
         self.generation, self._lost_at = 0, 0
         self._set = self._set_of([_no_pairs()] * world_size)
@@ -169,17 +169,21 @@ class Copies:
             return
         ranks, width = self._ranks, self._set.width
         others, size = ranks.world_size - 1, len(waiting) * width * (self._num_words + 1)
-        out = _words(self._outbox, (others + 1) * size).view(others + 1, len(waiting), -1)
+        user = waiting[-1].there
+        out = self._words((others + 1) * size, user).view(others + 1, len(waiting), -1)
         for place, used in enumerate(waiting):
             self._write(out[:, place].numpy(), used)
         sizes = [0 if rank == ranks.rank else size for rank in range(ranks.world_size)]
-        given, room = out.view(-1)[: others * size], _words(self._inbox, others * size)
+        given, room = out.view(-1)[: others * size], self._words(others * size, user)
         what = f"gradients of copied rows of {self._name}"
         arrived = ranks.start_all_to_all(given, sizes, sizes, what, out=room).wait().view(others, len(waiting), -1)
         for place, used in enumerate(waiting):
             by_rank = [*arrived[: ranks.rank, place], out[others, place], *arrived[ranks.rank :, place]]
             self._look_up(used, by_rank)
         self._store.extended()
+
+    def _words(self, number: int, user: StoreLookup) -> Tensor:
+        return self._messages.rows(number, user).view(torch.int32).flatten()
 
     def _write(self, blocks: np.ndarray, used: Used) -> None:
         """Write one lookup into blocks [W, K (words + 1)] int32: sums of all slots of a rank, then their sightings."""
@@ -217,7 +221,8 @@ class Copies:
         found = total.nonzero().squeeze(1)
         if not found.numel():
             return
-        self._count(self._set.own_rows[found], (seen[:, found] > 0).sum(0))
+        if self._is_counting:
+            self._count(self._set.own_rows[found], (seen[:, found] > 0).sum(0))
         mine, there = self._set, used.there
         first = there.extend(mine.own_ids[found], mine.own_tables[found], total[found].int(), mine.own_rows[found])
         inverse = torch.full((own,), -1, dtype=torch.int32)
@@ -280,8 +285,6 @@ class Copies:
         return first or -(self._num_steps + 1) % self._choose_every < COUNTED_STEPS
 
     def _count(self, rows: Tensor, num_ranks: Tensor) -> None:
-        if not self._is_counting:
-            return
         missing = self._store.owners.owner.numel() - self._asks.numel()
         if missing > 0:
             self._asks = torch.cat([self._asks, self._asks.new_zeros(missing)])
@@ -377,10 +380,6 @@ class Copies:
 def _no_pairs() -> Tensor:
     """Return pairs (table, id) [0, 2]."""
     return torch.empty(0, 2, dtype=torch.int64)
-
-
-def _words(memory: Memory, number: int) -> Tensor:
-    return memory.rows(number).view(torch.int32).flatten()
 
 
 def _hottest(found: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from recis.distributed.config import Places
 from recis.distributed.copies import Copies
 from recis.distributed.owners import Owners
 from recis.distributed.ranks import RankError, Ranks
-from recis.distributed.room import Memory, Received, round_rows
+from recis.distributed.room import Memory, Received, Rooms, round_rows
 from recis.distributed.stages import Answer, Asked, Sent
 from recis.distributed.travelling import Travelling
 from recis.embedding.lookups import StoreLookup
@@ -76,8 +76,8 @@ class TableExchange:
         places: Places | None = None,
     ) -> None:
         self._store, self._ranks = store, ranks
-        self.places = Places() if places is None else places
-        whole = self._whole_tables(self.places)
+        places = Places() if places is None else places
+        whole = self._whole_tables(places)
         self._owners = Owners(ranks.world_size, store.num_tables, own=ranks.rank, whole=whole)
         self._tables = torch.arange(store.num_tables, dtype=torch.int32).repeat(ranks.world_size)
         self._sums_dtype = rows_dtype
@@ -88,8 +88,8 @@ class TableExchange:
         self._received: list[Received] = []
         self._idle: list[Received] = []
         self._outbox = Memory(self._dim)
-        self._sums: list[Memory] = []
-        self._copies = self._make_copies(self.places)
+        self._sums = Rooms(self._dim)
+        self._copies = self._make_copies(places)
 
     def _whole_tables(self, places: Places) -> dict[int, int]:
         """Return the owner of each table of this store that one rank owns: they are dealt to the ranks in turn."""
@@ -328,12 +328,12 @@ class TableExchange:
             assert sent.here.grads is not None
             copied_from = sum(sent.send)
             num_others = copied_from - sent.send[self._ranks.rank]
-            room = self._room_for_sums(copied_from + sent.slots.numel(), sent.there)
+            room = self._sums.rows(copied_from + sent.slots.numel(), sent.there)
             summed = reduce_lookups([sent.here.grads], self._dim, out=room).views[0]
             sums, is_unreached = summed.grad, summed.inverse < 0
             assert sums is not None
             num_back = sum(sent.receive) - sent.receive[self._ranks.rank]
-            inbox = self._room_for_sums(num_back, sent.there)
+            inbox = self._sums.rows(num_back, sent.there)
             outbox = self._marked(sums[:num_others], is_unreached[:num_others])
             travelling = self._travel(outbox, inbox, sent.send, sent.receive, self._sums_dtype, "gradients")
             if self._copies is not None:
@@ -345,17 +345,6 @@ class TableExchange:
             sent.here.applied = True
         if self._copies is not None:
             self._copies.send()
-
-    def _room_for_sums(self, num_rows: int, user: StoreLookup) -> Tensor:
-        """Return room that nobody uses until an update has consumed what is in it."""
-        if not num_rows:
-            return torch.empty(0, self._dim)
-        free = next((one for one in self._sums if one.user is None or one.user.applied), None)
-        if free is None:
-            free = Memory(self._dim)
-            self._sums.append(free)
-        free.user = user
-        return free.rows(num_rows)
 
     def _marked(self, sums: Tensor, is_unreached: Tensor) -> Tensor:
         sums = sums.to(self._sums_dtype)

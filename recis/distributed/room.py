@@ -23,6 +23,25 @@ class Memory:
         return self._rows[:num_rows]
 
 
+class Rooms:
+    """Memories of rows [N, D] that are lent until an update has consumed what is in them."""
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self.memories: list[Memory] = []
+
+    def rows(self, num_rows: int, user: StoreLookup) -> Tensor:
+        """Return room for num_rows rows that nobody else gets before the gradients of `user` are applied or dropped."""
+        if not num_rows:
+            return torch.empty(0, self._dim)
+        free = next((one for one in self.memories if one.user is None or one.user.applied), None)
+        if free is None:
+            free = Memory(self._dim)
+            self.memories.append(free)
+        free.user = user
+        return free.rows(num_rows)
+
+
 class Received:
     """Rows that a lookup brought from their owners: what pooling and backward see in place of the store."""
 

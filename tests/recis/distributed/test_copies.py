@@ -16,7 +16,7 @@ from recis.embedding import AfterSightings, Constant, EmbeddingBagCollection, Lr
 from recis.embedding.lookups import StoreLookup
 from recis.errors import ConfigError
 from recis.jagged import KeyedJaggedTensor
-from recis.optim import Sgd, SparseOptimizer
+from recis.optim import Sgd, SparseOptimizer, clip_grad_norm
 from recis_kernels.embedding_bag import row_gather
 
 
@@ -160,6 +160,23 @@ def test_a_step_without_an_update_counts_sightings(zero_grad):
     results = on_ranks(2, work)
     assert of_all([rows for rows, _ in results]) == {1: (-1.5, 6), 2: (-1.5, 4)}
     assert sum(found for _, found in results) == 2  # two distinct ids in the second step
+
+
+def test_gradients_that_were_sent_early_wait_for_their_update():
+    """Two micro-batches, each sent on its own as clip_grad_norm between them does: the update has the sums of both."""
+
+    def work(ranks: ThreadRanks):
+        rank = Rank(ranks, WHOLE)
+        rank.step(1, 2)
+        for grad in (1.0, 10.0):
+            (rank.bags(bag(1, 2))["t"].sum() * grad).backward()
+            clip_grad_norm([], [rank.bags], 1e9)
+        rank.optimizer.step()
+        rank.set.end_step(2)
+        return rank.rows()
+
+    # 0.5 - 2 in step 1, then 1 + 10 from each of two ranks
+    assert of_all(on_ranks(2, work)) == {1: (-23.5, 6), 2: (-23.5, 6)}
 
 
 def test_rows_evicted_are_no_copies_any_more():

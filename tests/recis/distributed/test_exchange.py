@@ -382,7 +382,7 @@ def test_exchange_holds_at_most_three_times_its_unique_rows():
             out.sum().backward()
             optimizer.step()
             table_set.end_step(step)
-            memories = [*(one.memory for one in exchange._received), *exchange._sums, exchange._outbox]
+            memories = [*(one.memory for one in exchange._received), *exchange._sums.memories, exchange._outbox]
             held.append(sum(one._rows.shape[0] for one in memories))
         return held
 
