@@ -23,7 +23,7 @@ class Places:
     hot_ids: int = 0
     """Ids, of all sliced tables with rows of one shape together, of which every rank has a copy: those most ranks ask for."""
     hot_every_steps: int = 1000
-    """Steps between two choices of the hot ids; the first choice is after 10 steps."""
+    """Steps between two choices of the hot ids; the first choice is after 10 steps, or as many as here if those are fewer."""
 
     def __post_init__(self) -> None:
         twice = sorted(set(self.table_wise) & set(self.data_parallel))
